@@ -1,0 +1,36 @@
+# EXTRAS adds install extras: make venv EXTRAS=cuda, EXTRAS=tpu, EXTRAS=cuda,hub. PYTHON chooses the interpreter.
+PYTHON ?= python3
+EXTRAS ?=
+comma := ,
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+.PHONY: venv quickstart test test-slow lint bench clean
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "policymix needs Python >= 3.11; say which: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@
+
+quickstart: venv
+	$(BIN)/python experiments/quickstart.py $(if $(FRESH),--fresh)
+
+test: venv
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow tests
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv
+	$(BIN)/python experiments/benchmark.py
+
+clean:
+	rm -rf $(VENV) build outputs *.egg-info .pytest_cache .ruff_cache

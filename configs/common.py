@@ -1,0 +1,90 @@
+"""The sections that every policy shares, and what their fields mean.
+
+Used alone it has no model, which is enough for mixing without data:
+  python experiments/mix.py --checkpoints=a,b,c --output=mixed
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """`arg` is what follows the colon of --config=FILE:ARG; here it changes nothing."""
+    parse_arg(arg)
+    return ml_collections.ConfigDict(
+        {
+            "model": {},  # the fields of policymix.models.pi0.Pi0Config
+            "data": {
+                "path": "",  # a LeRobot dataset
+                "asset_id": "",  # what its statistics are called beside the checkpoint; "": the dataset's folder name
+                "norm_stats": "",  # a norm_stats.json or a checkpoint; "": those of train.init_from, else computed
+                "quantiles": False,  # normalise by the 1 % and 99 % quantiles (π0.5) instead of mean and deviation
+                "state_key": "observation.state",
+                "action_key": "action",
+                "default_prompt": "",  # overrides the dataset's instructions
+                "held_out": 0.1,  # fraction of the episodes that training never sees
+                "seed": 0,  # of that choice
+            },
+            "train": {
+                "init_from": "",  # a checkpoint to start from; "": fresh parameters
+                "init_missing": (),  # regexes of parameters that init_from may lack
+                "freeze": (),  # regexes of parameters that stay as they are
+                "seed": 42,
+                "batch_size": 32,
+                "num_steps": 30_000,
+                "learning_rate": 2.5e-5,  # the peak
+                "final_learning_rate": 2.5e-6,
+                "warmup_steps": 1000,
+                "decay_steps": 30_000,
+                "weight_decay": 1e-10,
+                "clip_norm": 1.0,
+                "ema_decay": 0.99,  # 0: no average; the params item then holds the raw parameters
+                "fsdp_devices": 1,  # devices over which each parameter is split
+                "log_every": 100,
+                "save_every": 1000,
+                "keep_period": 5000,  # checkpoints at its multiples are kept for good
+                "max_to_keep": 1,  # of the others
+            },
+            "mix": {
+                "method": "",  # "": manual with --coefficients, interpolate with --base, else average
+                "learning_rate": 0.05,
+                "num_iterations": 50,
+                "power": 2.0,  # inverse_loss: c ∝ 1 / loss^power
+                "held_out": 0.2,  # fraction of the validation batches to report on and never select on
+                "norm_stats": "equal",  # or pool, average, or a path: what to do when the inputs' statistics differ
+                "dtype": "",  # of the output; "": the inputs' (interpolate: the base's)
+                "seed": 0,  # of the noise in the validation loss
+            },
+            "offline_rl": {},
+            "evaluate": {},
+            "serve": {},
+        }
+    )
+
+
+def parse_arg(arg: str) -> bool:
+    """True for "debug", False for "". ValueError for anything else."""
+    if arg not in ("", "debug"):
+        raise ValueError(f"config argument {arg!r}: expected nothing or ':debug'")
+    return arg == "debug"
+
+
+def shrink(config: ml_collections.ConfigDict) -> None:
+    """Turns a policy's config into its `:debug` version: a network of half a million parameters, a
+    few steps.
+    """
+    config.model.update(
+        {
+            "paligemma_variant": "dummy",
+            "action_expert_variant": "dummy",
+            "siglip_variant": "mu/28",
+            "siglip_depth": 2,
+            "vocab_size": 512,
+            "action_dim": 8,
+            "action_horizon": 6,
+            "max_token_len": 24 if config.model.pi05 else 16,
+            "dtype": "float32",
+        }
+    )
+    config.train.update({"batch_size": 4, "num_steps": 4, "warmup_steps": 2, "decay_steps": 4})
+    config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
+    config.mix.num_iterations = 20

@@ -1,0 +1,41 @@
+"""π0 on LIBERO, as OpenPI's config of the same name.
+
+Mix three fine-tunes with learned coefficients (float32 of three π0 needs about 40 GB of memory):
+  python experiments/mix.py --config=configs/pi0_libero.py --method=gradient_descent \
+    --checkpoints=run0/29999,run1/29999,run2/29999 --validation=libero_val.npz --output=mixed
+
+Model: action_dim 32, horizon 50, 48 prompt tokens, three cameras. Base:
+gs://openpi-assets/checkpoints/pi0_base/params. `:debug` is the same program on a network of half a
+million parameters; seconds on a laptop.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.model = ml_collections.ConfigDict(
+        {
+            "paligemma_variant": "gemma_2b",
+            "action_expert_variant": "gemma_300m",
+            "siglip_variant": "So400m/14",
+            "siglip_depth": ml_collections.config_dict.placeholder(int),
+            "vocab_size": 257_152,
+            "pi05": False,
+            "discrete_state_input": False,
+            "action_dim": 32,
+            "action_horizon": 50,
+            "max_token_len": 48,
+            "image_keys": ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+            "image_resolution": (224, 224),
+            "dtype": "bfloat16",
+        }
+    )
+    config.data.asset_id = "physical-intelligence/libero"
+    config.train.init_from = "gs://openpi-assets/checkpoints/pi0_base/params"
+    if common.parse_arg(arg):
+        common.shrink(config)
+        config.train.init_from = ""
+    return config

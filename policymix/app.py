@@ -1,0 +1,96 @@
+"""What every main shares: the flags, the config, and errors of one line."""
+
+import pathlib
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Build everything from shapes, print the plan, touch nothing."
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace existing output.")
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Show details, and the traceback of an error.")
+
+
+def define_config(main_file: str) -> flags.FlagHolder:
+    """--config=FILE[:debug], by default configs/common.py beside the folder of the main."""
+    root = pathlib.Path(main_file).resolve().parents[1]
+    if str(root) not in sys.path:  # config files import configs.common
+        sys.path.insert(0, str(root))
+    default = str(root / "configs" / "common.py")
+    return config_flags.DEFINE_config_file(
+        "config", default, "FILE[:debug], and --config.section.field=value."
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`; whatever goes wrong is one line on stderr and a non-zero
+    exit.
+    """
+    app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+    ) as error:
+        if "--verbose" in argv:
+            traceback.print_exc()
+        _fail(f"flags: {_one_line(error)}")
+    if rest[1:]:
+        _fail(
+            f"flags: unexpected argument {rest[1]!r}; every option starts with -- (and lists have "
+            "no spaces: a,b,c)"
+        )
+    return rest
+
+
+def _guarded(main: Callable[[], None]) -> None:
+    if _VERBOSE.value:
+        logging.set_verbosity(logging.INFO)
+        return main()
+    logging.set_verbosity(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    try:
+        return main()
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was left", code=130)
+    except Exception as error:  # a bug ends in one line too, and --verbose shows where
+        expected = isinstance(error, ValueError | OSError | FloatingPointError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        _fail(kind + _one_line(error) + ("" if expected else " (--verbose shows the traceback)"))
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def numbers(flag: str, values: list[str]) -> tuple[float, ...]:
+    """The numbers of a list flag. ValueError names the flag and the word that is not one."""
+    for value in values:
+        try:
+            float(value)
+        except ValueError:
+            raise ValueError(f"--{flag}: {value!r} is not a number") from None
+    return tuple(float(value) for value in values)

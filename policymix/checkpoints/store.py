@@ -1,0 +1,190 @@
+"""Orbax checkpoints, as OpenPI writes them and in every form that it or its users leave behind.
+
+A step directory is `STEP/params` (an Orbax PyTree item), `STEP/assets/<asset_id>/norm_stats.json`,
+and in training `STEP/train_state`. The item holds {"params": tree}; trees saved from flax.nnx end
+every path in a component `value`. Inside the library a tree is a nested dict without either.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from policymix import files, trees
+from policymix.checkpoints import assets
+from policymix.structs import Params
+from policymix.transforms.normalize import Stats
+
+_CHUNK_BYTES = 64 * 2**20  # so that a reader can stream a leaf instead of holding it
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array on disk: its shape and dtype are known, its content is read when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    path: str
+    item: pathlib.Path
+    _array: tensorstore.TensorStore
+
+    def read(self) -> np.ndarray:
+        """The content. ValueError names the key and the directory if the file is damaged."""
+        try:
+            return self._array.read().result()
+        except ValueError as error:
+            raise _damaged(self.item, self.path, error) from error
+
+
+def find_params(path: str | os.PathLike) -> pathlib.Path:
+    """The Orbax item that holds the parameters: of a step directory, of `params` itself, or of a
+    mix's output.
+    """
+    if "://" in str(path):
+        raise ValueError(f"checkpoint {path} is remote; copy it to a local directory and give that")
+    path = pathlib.Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    for candidate in (path, path / "params"):
+        if (candidate / "_METADATA").is_file():
+            return candidate
+    if (path / "model.safetensors").exists() or path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} is a safetensors checkpoint; an Orbax checkpoint is expected here"
+        )
+    steps = sorted(
+        int(p.name) for p in path.glob("[0-9]*") if p.name.isdigit() and (p / "params").exists()
+    )
+    if len(steps) == 1:
+        return find_params(path / str(steps[0]))
+    if steps:
+        raise ValueError(
+            f"{path} holds the steps {steps}; say which, for example {path / str(steps[-1])}"
+        )
+    raise ValueError(
+        f"{path} is not a checkpoint: expected a step directory with params/_METADATA, or that "
+        "params directory"
+    )
+
+
+def open_params(path: str | os.PathLike) -> dict[str, Any]:
+    """The parameter tree with a `Leaf` for every array; nothing but metadata is read."""
+    item = find_params(path)
+    metadata = ocp.PyTreeCheckpointer().metadata(item)
+    if metadata is None or metadata.item_metadata is None:
+        raise ValueError(
+            f"{item}: _METADATA is not readable; the checkpoint is truncated or not Orbax's"
+        )
+    stored = [
+        p
+        for p, leaf in trees.flatten(metadata.item_metadata.tree).items()
+        if hasattr(leaf, "shape")
+    ]
+    ocdbt = (item / "manifest.ocdbt").exists()
+    driver = "zarr3" if files.read_json(item / "_METADATA").get("use_zarr3") else "zarr"
+    context = tensorstore.Context()
+    opened = {}
+    for name in stored:
+        kvstore = {"driver": "file", "path": f"{item}/"}
+        if ocdbt:
+            kvstore = {"driver": "ocdbt", "base": kvstore}
+        kvstore["path"] = ("" if ocdbt else f"{item}/") + name.replace("/", ".") + "/"
+        opened[name] = tensorstore.open(
+            {"driver": driver, "kvstore": kvstore}, read=True, open=True, context=context
+        )
+    leaves = {}
+    for name, future in opened.items():
+        try:
+            array = future.result()
+        except ValueError as error:
+            raise _damaged(item, name, error) from error
+        leaves[name] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, name, item, array)
+    return trees.unflatten(_canonical(leaves, item))
+
+
+def _canonical(leaves: Mapping[str, Leaf], item: pathlib.Path) -> dict[str, Leaf]:
+    """Drops the leading `params` and, where every path ends in it, the trailing `value`."""
+    if not leaves or not all(name.startswith("params/") for name in leaves):
+        raise ValueError(
+            f"{item}: expected one tree under the key 'params', found the keys "
+            f"{sorted({name.split('/')[0] for name in leaves})}"
+        )
+    leaves = {name.removeprefix("params/"): leaf for name, leaf in leaves.items()}
+    # Only if all do: SigLIP's attention has a module that is itself called `value`.
+    if all(name.endswith("/value") for name in leaves):
+        leaves = {name.removesuffix("/value"): leaf for name, leaf in leaves.items()}
+    return leaves
+
+
+def _damaged(item: pathlib.Path, name: str, error: Exception) -> ValueError:
+    reason = str(error).split(" [tensorstore_spec")[0].split("\n")[0]
+    return ValueError(f"{item}: cannot read {name!r}; a file is missing or damaged ({reason})")
+
+
+def load_params(path: str | os.PathLike, dtype: Any = None) -> dict[str, Any]:
+    """Reads a checkpoint's parameters.
+
+    Args:
+      path: a step directory, its `params`, or the output of a mix.
+      dtype: floating-point leaves are cast to it; None keeps the stored dtype.
+
+    Returns:
+      Nested dict of numpy arrays, keys as in OpenPI's tree.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing there, not a checkpoint, or damaged; the message names
+        the path and key.
+    """
+    params = jax.tree.map(Leaf.read, open_params(path))
+    return params if dtype is None else trees.cast(params, dtype)
+
+
+def save_params(
+    params: Params,
+    path: str | os.PathLike,
+    norm_stats: Stats | None = None,
+    asset_id: str | None = None,
+) -> None:
+    """Writes a step directory that OpenPI loads: `params`, and norm stats under
+    `assets/<asset_id>`.
+
+    The directory appears whole or not at all. Raises FileExistsError if it is there already.
+    """
+    path = pathlib.Path(path).absolute()
+    files.check_output(path, overwrite=False)
+    with files.whole_directory(path) as partial:
+        write_step(params, partial / "step", norm_stats, asset_id)
+        _unpack(partial / "step", partial)
+
+
+def write_step(
+    params: Params, path: pathlib.Path, norm_stats: Stats | None = None, asset_id: str | None = None
+) -> None:
+    """Writes a step directory into a directory that is itself still being made."""
+    if (norm_stats is None) != (asset_id is None):
+        raise ValueError("norm_stats and asset_id go together: give both or neither")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params")) as checkpointer:
+        checkpointer.save(path, args=ocp.args.Composite(params=save_args(params)))
+    if norm_stats is not None:
+        assets.write_norm_stats(path / "assets" / asset_id / assets.NORM_STATS, norm_stats)
+
+
+def save_args(params: Params) -> ocp.args.PyTreeSave:
+    """OpenPI's layout of a params item: {"params": tree} with a trailing `value`, in chunks that a
+    reader can stream.
+    """
+    item = {"params": jax.tree.map(lambda leaf: {"value": leaf}, dict(params))}
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
+    return ocp.args.PyTreeSave(item, save_args=chunked)
+
+
+def _unpack(source: pathlib.Path, target: pathlib.Path) -> None:
+    for child in list(source.iterdir()):
+        child.rename(target / child.name)
+    source.rmdir()

@@ -1,0 +1,64 @@
+"""Prompts → tokens, byte by byte: for small policies that come without a SentencePiece model."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+PAD_ID = 0
+BOS_ID = 1
+EOS_ID = 2  # never written; reserved as in PaliGemma, whose prompts end in a newline
+_BYTE_OFFSET = 3
+
+_log = logging.getLogger(__name__)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens: 0 pad, 1 beginning, 2 reserved for the end, byte + 3.
+
+    Prompts are cleaned and framed as OpenPI does for PaliGemma: stripped, "_" and newlines become
+    spaces, the beginning token in front, a newline at the end.
+
+    Args:
+      max_token_len: s, the length of every row; longer prompts are cut.
+    """
+
+    vocab_size = 256 + _BYTE_OFFSET
+
+    def __init__(self, max_token_len: int):
+        if max_token_len < 1:
+            raise ValueError(
+                f"max_token_len is the tokens per prompt, at least 1; got {max_token_len}"
+            )
+        self.max_token_len = max_token_len
+        self._cut: set[str] = set()  # prompts already warned about: training repeats them each step
+
+    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """b prompts → tokens int32 [b, s], mask bool [b, s] (false: padding).
+
+        A prompt that is too long is cut at s, which is logged once for each.
+
+        Raises:
+          ValueError: `prompts` is a single string.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(
+                f"expected a list of prompts, got the string {prompts!r}; wrap it in []"
+            )
+        tokens = np.full((len(prompts), self.max_token_len), PAD_ID, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, prompt in enumerate(prompts):
+            text = prompt.strip().replace("_", " ").replace("\n", " ") + "\n"
+            ids = [BOS_ID, *(byte + _BYTE_OFFSET for byte in text.encode())]
+            if len(ids) > self.max_token_len and prompt not in self._cut:
+                self._cut.add(prompt)
+                _log.warning(
+                    "the prompt %r has %d tokens and is cut at max_token_len=%d",
+                    prompt,
+                    len(ids),
+                    self.max_token_len,
+                )
+            kept = ids[: self.max_token_len]
+            tokens[row, : len(kept)] = kept
+            mask[row, : len(kept)] = True
+        return tokens, mask

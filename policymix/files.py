@@ -1,0 +1,118 @@
+"""Output that is either whole or absent, and JSON that says which file was wrong."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+_PARTIAL = ".partial-"
+
+
+def check_output(
+    path: pathlib.Path, *, overwrite: bool, inputs: tuple[pathlib.Path, ...] = ()
+) -> None:
+    """Raises before any work if `path` may not be written: it exists, or it overlaps an input."""
+    path = path.absolute()
+    for source in inputs:
+        source = source.absolute()
+        if path == source or path in source.parents or source in path.parents:
+            raise ValueError(
+                f"output {path} overlaps the input {source}; inputs are never written to: choose "
+                "another --output"
+            )
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"output {path} exists; pass --overwrite to replace it, or choose another"
+        )
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: {parent} is not a writable directory")
+
+
+@contextlib.contextmanager
+def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Yields an empty directory beside `path` that takes its place once the block ends without an
+    error.
+
+    A run that is killed leaves at most a hidden `.NAME.partial-PID`, which the next run of the same
+    output removes; never a directory that looks complete. With `overwrite` the old directory stays
+    until the new one is whole.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            if not overwrite:
+                raise FileExistsError(
+                    f"output {path} appeared meanwhile; pass --overwrite to replace it"
+                )
+            old = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}-old")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _remove_leftovers(path: pathlib.Path) -> None:
+    """Deletes partial directories of this output whose process is gone; puts a displaced old one
+    back.
+    """
+    for leftover in path.parent.glob(f".{path.name}{_PARTIAL}*"):
+        pid, _, old = leftover.name.rpartition(_PARTIAL)[2].partition("-")
+        if _alive(int(pid)) and int(pid) != os.getpid():
+            continue
+        if (
+            old and not path.exists()
+        ):  # killed between the two renames: the old output is still the valid one
+            leftover.rename(path)
+        else:
+            shutil.rmtree(leftover)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file under a temporary name and renames it: readers see the old content or all of
+    the new.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """JSON of a UTF-8 file. ValueError names the file where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); it may be truncated") from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Indented UTF-8 JSON. Not a number is refused: JSON has no word for it."""
+    write_whole(
+        path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )

@@ -1,0 +1,200 @@
+"""What people look at: tables for the terminal, pictures for the rest."""
+
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from policymix import files
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: there is no screen)
+
+_SELECTION, _HELD_OUT, _MIX = "#7a9cc6", "#2f4b7c", "#d1495b"
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row):
+        return "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Paths without what they have in common at either end, so that columns stay narrow."""
+    split = [name.rstrip("/").split("/") for name in names]
+    while len(split) > 1 and all(len(s) > 1 and s[0] == split[0][0] for s in split):
+        split = [s[1:] for s in split]
+    while len(split) > 1 and all(len(s) > 1 and s[-1] == split[0][-1] for s in split):
+        split = [s[:-1] for s in split]
+    return ["/".join(s[-3:]) for s in split]
+
+
+def _number(value: float | None, form: str = ".5f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def mix_table(report: Mapping[str, Any]) -> str:
+    """The inputs with their coefficients and losses, and the mix, and what the distances mean."""
+    names = labels([entry["path"] for entry in report["inputs"]])
+    losses = [entry["loss"] or {} for entry in report["inputs"]]
+    coefficients = report.get("coefficients", [None] * len(names))
+    rows = [
+        [name, _number(c, ".4f"), _number(loss.get("selection")), _number(loss.get("held_out"))]
+        for name, c, loss in zip(names, coefficients, losses, strict=True)
+    ]
+    mixes = report.get("sweep") or [
+        {"merge_ratio": report.get("merge_ratio"), "loss": report["loss"]}
+    ]
+    for mix in mixes:
+        ratio = mix["merge_ratio"]
+        name = "mix" if ratio is None else f"merge_ratio {ratio:g}"
+        loss = mix["loss"] or {}
+        rows.append([name, "", _number(loss.get("selection")), _number(loss.get("held_out"))])
+    text = table(rows, ["", "coefficient", "selection loss", "held-out loss"])
+    return "\n".join(
+        [text, *filter(None, [_verdict(losses, mixes), report.get("geometry", {}).get("meaning")])]
+    )
+
+
+def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
+    """Whether the mix beats its best input on batches that chose nothing."""
+    singles = [loss.get("held_out") for loss in losses]
+    if any(single is None for single in singles) or any(not mix["loss"] for mix in mixes):
+        return None
+    best = min(singles)
+    mix = min(mix["loss"]["held_out"] for mix in mixes)
+    word = "below" if mix < best else "above"
+    return f"held out, the mix is {abs(mix / best - 1):.2%} {word} the best single input ({mix:.5f} against {best:.5f})"
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    files.write_whole(path, buffer.getvalue())
+
+
+def draw_mix(report: Mapping[str, Any], path: pathlib.Path) -> None:
+    """mix.png: coefficients, losses, the search's history, and the distances between inputs."""
+    names = labels([entry["path"] for entry in report["inputs"]])
+    panels = [_draw_coefficients]
+    if report["loss"]:
+        panels.append(_draw_losses)
+    if report["history"]:
+        panels.append(_draw_history)
+    if len(names) > 1:
+        panels.append(_draw_distances)
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6 * columns, 3.8 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        panel(axis, report, names)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.suptitle(
+        f"{report['method']}: {len(names)} checkpoints, {report['num_params']:,} parameters"
+    )
+    _save(figure, path)
+
+
+def _draw_coefficients(axis, report, names) -> None:
+    bars = axis.bar(range(len(names)), report["coefficients"], color=_SELECTION)
+    axis.bar_label(bars, fmt="%.3f", padding=2)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.margins(y=0.15)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_title("coefficients")
+
+
+def _draw_losses(axis, report, names) -> None:
+    entries = [*(entry["loss"] for entry in report["inputs"]), report["loss"]]
+    places = np.arange(len(entries))
+    series = [("selection", _SELECTION), ("held_out", _HELD_OUT)]
+    series = [(which, color) for which, color in series if entries[-1][which] is not None]
+    width = 0.8 / len(series)
+    for i, (which, color) in enumerate(series):
+        values = [entry[which] for entry in entries]
+        bars = axis.bar(
+            places + (i - (len(series) - 1) / 2) * width,
+            values,
+            width,
+            color=color,
+            label=which.replace("_", " "),
+        )
+        axis.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
+        bars[-1].set_edgecolor(_MIX)
+        bars[-1].set_linewidth(2)
+    axis.set_xticks(places, [*names, "mix"])
+    axis.margins(y=0.15)
+    axis.set_title("validation loss (lower is better)")
+    axis.legend(loc="lower right")
+
+
+def _draw_history(axis, report, names) -> None:
+    steps = [row["step"] for row in report["history"]]
+    values = np.array([row["coefficients"] for row in report["history"]])
+    for k in range(values.shape[1]):
+        axis.plot(steps, values[:, k], marker=".", label=names[len(names) - values.shape[1] + k])
+    axis.set_ylim(bottom=min(0, values.min()))
+    axis.set_xlabel("step")
+    axis.set_title("coefficients during the search")
+    axis.legend()
+
+
+def _draw_distances(axis, report, names) -> None:
+    values = np.array(report["geometry"]["relative_distance"])
+    image = axis.imshow(values, cmap="Blues", vmin=0)
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(
+            j,
+            i,
+            f"{value:.3g}",
+            ha="center",
+            va="center",
+            color="white" if value > values.max() / 2 else "black",
+        )
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_title("distance between inputs / length of the first")
+    axis.figure.colorbar(image, ax=axis, shrink=0.8)
+
+
+def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
+    """mix.png of several merge ratios: the loss along the way from the fine-tuned checkpoint to the
+    base.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    ratios = [mix["merge_ratio"] for mix in report["sweep"]]
+    if report["sweep"][0]["loss"]:
+        base, tuned = report["inputs"]
+        points = sorted([*zip(ratios, (m["loss"] for m in report["sweep"]), strict=True), (0.0, tuned["loss"]), (1.0, base["loss"])],
+                        key=lambda point: point[0])  # fmt: skip
+        for which, color in (("selection", _SELECTION), ("held_out", _HELD_OUT)):
+            if points[0][1][which] is not None:
+                axis.plot(
+                    [r for r, _ in points],
+                    [loss[which] for _, loss in points],
+                    marker="o",
+                    color=color,
+                    label=which.replace("_", " "),
+                )
+        axis.set_ylabel("validation loss")
+        axis.legend()
+    else:
+        axis.vlines(ratios, 0, 1, color=_SELECTION)
+        axis.set_yticks([])
+        axis.set_title("no validation data was given; these ratios were written")
+    axis.set_xlabel("merge ratio (0: fine-tuned, 1: base)")
+    _save(figure, path)

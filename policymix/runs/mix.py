@@ -1,0 +1,392 @@
+"""Mixing, from checkpoints on disk to one checkpoint on disk.
+
+Everything that can be known from headers is checked before any array is read, and the output
+appears whole or not at all.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from policymix import files, metrics, reports, trees
+from policymix.checkpoints import assets, provenance, store, streaming
+from policymix.data import validation as validation_lib
+from policymix.mixing import rules, search
+from policymix.runs import judge as judge_lib
+from policymix.runs import policies
+from policymix.transforms import normalize
+
+CLOSED_FORM = ("average", "manual", "interpolate")
+BY_LOSS = ("inverse_loss", "greedy", "gradient_descent", "adaptive_gradient_descent")
+METHODS = CLOSED_FORM + BY_LOSS
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for; empty fields fall back to the config."""
+
+    checkpoints: tuple[str, ...]
+    output: pathlib.Path
+    method: str = ""
+    coefficients: tuple[float, ...] = ()
+    base: str = ""
+    merge_ratios: tuple[float, ...] = ()
+    validation: str = ""
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The checkpoints by their headers. `base` is the row of the base where there is one, always
+    row 0.
+    """
+
+    names: tuple[str, ...]
+    headers: tuple[Mapping[str, Any], ...]
+    base: int | None
+    norm_stats: tuple[tuple[str, normalize.Stats] | None, ...]
+
+
+def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
+    """Mixes checkpoints into `request.output` and returns what its mix.json says.
+
+    Raises:
+      ValueError, OSError, FloatingPointError: bad input; one clear message, and no output.
+    """
+    started = time.monotonic()
+    method = _method(config, request)
+    sources = tuple(
+        pathlib.Path(p) for p in (*request.checkpoints, request.base, request.validation) if p
+    )
+    files.check_output(request.output, overwrite=request.overwrite, inputs=sources)
+    inputs = _open(config, request, method)
+    _norm_stats(
+        config, inputs, np.full(len(inputs.names), 1 / len(inputs.names))
+    )  # differences are told now
+    judge = _judge(config, request, method, inputs)
+    _print_plan(request, method, inputs, judge)
+    if request.dry_run:
+        print("dry run: nothing was read beyond headers, nothing was written")
+        return {}
+
+    losses = judge.each(inputs.names) if judge else [None] * len(inputs.names)
+    found = _search(config, request, method, inputs, judge, losses)
+    describe = {
+        "version": 1,
+        "policymix": importlib.metadata.version("policymix"),
+        "jax": jax.__version__,
+        "method": method,
+        "settings": _settings(config, method),
+        "inputs": [
+            provenance.describe(name) | {"loss": loss}
+            for name, loss in zip(inputs.names, losses, strict=True)
+        ],
+        "base": inputs.base,
+        "validation": judge.describe() if judge else None,
+        "warnings": judge.warnings if judge else [],
+    }
+    with files.whole_directory(request.output, overwrite=request.overwrite) as partial:
+        if method == "interpolate" and len(request.merge_ratios) > 1:
+            sweep = []
+            for ratio in request.merge_ratios:
+                name = f"merge_ratio={ratio:g}"
+                report = describe | {"merge_ratio": ratio, "history": []}
+                _write(
+                    config,
+                    inputs,
+                    np.array([ratio, 1 - ratio]),
+                    judge,
+                    report,
+                    partial / name,
+                    started,
+                )
+                sweep.append({"merge_ratio": ratio, "output": name, "loss": report["loss"]})
+            report = describe | {"sweep": sweep, "seconds": time.monotonic() - started}
+            files.write_json(partial / "mix.json", report)
+            reports.draw_sweep(report, partial / "mix.png")
+        else:
+            report = describe | {"history": [_plain(row) for row in found.history]}
+            if method == "interpolate":
+                report["merge_ratio"] = float(found.coefficients[0])
+            _write(config, inputs, found.coefficients, judge, report, partial, started)
+    print(reports.mix_table(report))
+    print(f"written to {request.output}")
+    return report
+
+
+def _method(config: ml_collections.ConfigDict, request: Request) -> str:
+    """The method asked for, checked against the other flags."""
+    method = request.method or config.mix.method
+    if not method:
+        method = "manual" if request.coefficients else "interpolate" if request.base else "average"
+        if request.merge_ratios:
+            method = "interpolate"
+    n = len(request.checkpoints)
+    if method not in METHODS:
+        raise ValueError(f"--method {method!r}: expected one of {', '.join(METHODS)}")
+    if not n:
+        raise ValueError(
+            "--checkpoints is empty: give the checkpoints to mix, as --checkpoints=a,b,c"
+        )
+    if (method == "manual") != bool(request.coefficients):
+        raise ValueError(
+            f"--coefficients goes with --method=manual, and manual needs it; the method is {method}"
+        )
+    if method == "manual":
+        if len(request.coefficients) != n:
+            raise ValueError(
+                f"{n} checkpoints need {n} coefficients, --coefficients has "
+                f"{len(request.coefficients)}"
+            )
+        rules.normalize(request.coefficients)
+    if method == "interpolate":
+        if n != 1:
+            raise ValueError(
+                f"interpolate takes one fine-tuned checkpoint and a base; --checkpoints has {n}"
+            )
+        if not all(math.isfinite(ratio) for ratio in request.merge_ratios):
+            raise ValueError(f"--merge_ratio must be finite, got {list(request.merge_ratios)}")
+        if len(set(request.merge_ratios)) < len(request.merge_ratios):
+            raise ValueError(f"--merge_ratio names a ratio twice: {list(request.merge_ratios)}")
+    elif request.merge_ratios:
+        raise ValueError(f"--merge_ratio goes with --method=interpolate; the method is {method}")
+    if method in BY_LOSS and not request.validation:
+        raise ValueError(f"{method} needs validation batches: pass --validation=FILE.npz")
+    return method
+
+
+def _open(config: ml_collections.ConfigDict, request: Request, method: str) -> Inputs:
+    """Reads all headers and compares them."""
+    base = request.base
+    if method == "interpolate" and not base:
+        base = config.train.init_from
+        if not base:
+            raise ValueError(
+                "interpolate needs a base: pass --base, or a --config whose train.init_from names "
+                "it"
+            )
+    names = (base, *request.checkpoints) if base else request.checkpoints
+    headers = tuple(store.open_params(name) for name in names)
+    for name, header in zip(names[1:], headers[1:], strict=True):
+        if differs := trees.difference(headers[0], header, names=(names[0], name)):
+            raise ValueError(
+                f"{names[0]} and {name} are not the same architecture{_likely_cause(differs)}: "
+                f"{differs}"
+            )
+    asset_id = config.data.asset_id or None
+    return Inputs(
+        names, headers, 0 if base else None, tuple(assets.norm_stats_of(n, asset_id) for n in names)
+    )
+
+
+def _likely_cause(differs: str) -> str:
+    if "lora" in differs:
+        return " (one has LoRA parameters: merge them into it first)"
+    if "state_proj" in differs or "time_mlp_in" in differs.replace("action_time_mlp_in", ""):
+        return " (one is a π0, the other a π0.5)"
+    if "action_in_proj" in differs or "action_out_proj" in differs:
+        return " (their action_dim differs)"
+    return ""
+
+
+def _norm_stats(
+    config: ml_collections.ConfigDict, inputs: Inputs, coefficients: np.ndarray
+) -> tuple[str, normalize.Stats] | None:
+    """The one normalisation of the mix, by config.mix.norm_stats; None where the inputs have none."""
+    rule, given = config.mix.norm_stats, inputs.norm_stats
+    known = [(name, stats) for name, stats in zip(inputs.names, given, strict=True) if stats]
+    if rule not in ("equal", "pool", "average"):
+        asset_id = known[0][1][0] if known else config.data.asset_id or "mixed"
+        path = pathlib.Path(rule)
+        return asset_id, assets.read_norm_stats(path / assets.NORM_STATS if path.is_dir() else path)
+    if not known:
+        return None
+    if len(known) < len(given):
+        without = [name for name, stats in zip(inputs.names, given, strict=True) if not stats]
+        raise ValueError(
+            f"{without[0]} has no norm stats, {known[0][0]} has; name the ones to use: "
+            "config.mix.norm_stats=PATH"
+        )
+    asset_id, first = given[0]
+    differs = [
+        (name, d) for name, (_, stats) in known[1:] if (d := normalize.difference(first, stats))
+    ]
+    if not differs:
+        return asset_id, first
+    if rule == "equal":
+        name, how = differs[0]
+        raise ValueError(
+            f"norm stats of {inputs.names[0]} and {name} differ: {how}. One mix has one "
+            "normalisation: choose it with "
+            "--config.mix.norm_stats=pool (of all inputs' data), =average (kai0's rule), or =PATH"
+        )
+    merge = normalize.pool if rule == "pool" else normalize.average
+    if any("dimensions" in how or "keys" in how for _, how in differs):
+        raise ValueError(f"norm stats cannot be combined: {differs[0][0]}: {differs[0][1]}")
+    return asset_id, {
+        key: merge([stats[key] for _, (_, stats) in known], coefficients) for key in first
+    }
+
+
+def _judge(
+    config: ml_collections.ConfigDict, request: Request, method: str, inputs: Inputs
+) -> judge_lib.Judge | None:
+    """What measures losses, where there is validation data."""
+    if not request.validation:
+        return None
+    model = policies.model_config(config, why=f"a loss on {request.validation}")
+    path = pathlib.Path(request.validation)
+    held_out = config.mix.held_out
+    if not 0 <= held_out < 1:
+        raise ValueError(
+            f"config.mix.held_out is {held_out}; expected a fraction of at least 0 and below 1"
+        )
+    judge = judge_lib.Judge(model, path, validation_lib.load(path, held_out), config.mix.seed)
+    judge.check(inputs.names[0], inputs.headers[0])
+    for warning in provenance.leaks(inputs.names, judge.validation.meta):
+        judge.warnings.append(warning)
+    return judge
+
+
+def _search(config, request, method, inputs, judge, losses) -> search.SearchResult:
+    """The coefficients, one per input and in the order of `inputs`; the base takes no part in a
+    search.
+    """
+    n = len(request.checkpoints)
+    if method == "interpolate":
+        ratio = request.merge_ratios[0] if request.merge_ratios else 0.5
+        return search.SearchResult(np.array([ratio, 1 - ratio]), math.nan, [])
+    skipped = len(inputs.names) - n
+    selection = np.array([loss["selection"] for loss in losses[skipped:]]) if judge else None
+    if method == "average":
+        found = search.SearchResult(rules.uniform(n), math.nan, [])
+    elif method == "manual":
+        found = search.SearchResult(rules.normalize(request.coefficients), math.nan, [])
+    elif method == "inverse_loss":
+        found = search.SearchResult(rules.inverse_loss(selection, config.mix.power), math.nan, [])
+    else:
+        params = [
+            _load(name, header)
+            for name, header in zip(inputs.names[skipped:], inputs.headers[skipped:], strict=True)
+        ]
+        objective = judge.objective(params)
+        if method == "greedy":
+            found = search.greedy(objective, n, losses=selection, clock=time.monotonic)
+        else:
+            steps = config.mix.num_iterations
+            shown = metrics.progress(range(steps), method, total=steps)
+            found = search.gradient_descent(
+                objective,
+                n,
+                learning_rate=config.mix.learning_rate,
+                num_iterations=steps,
+                adaptive=method == "adaptive_gradient_descent",
+                observe=lambda _: next(shown, None),
+                clock=time.monotonic,
+            )
+            next(shown, None)  # closes the bar
+    return found._replace(coefficients=np.concatenate([np.zeros(skipped), found.coefficients]))
+
+
+def _load(name: str, header: Mapping[str, Any]) -> Any:
+    """A checkpoint on the device, all of it finite."""
+
+    def read(leaf):
+        array = leaf.read()
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: {leaf.path!r} holds NaN or infinity, so it cannot be mixed")
+        return jnp.asarray(array)
+
+    return jax.tree.map(read, dict(header))
+
+
+def _write(config, inputs, coefficients, judge, report, directory, started) -> None:
+    """Mixes from disk into a directory in the making, and completes `report` with what only the mix
+    can tell.
+    """
+    first = trees.flatten(inputs.headers[0])
+    flats = [trees.flatten(header) for header in inputs.headers]
+    if config.mix.dtype:
+        dtype = np.dtype(jnp.dtype(config.mix.dtype))
+    elif report["method"] == "interpolate":
+        dtype = {path: leaf.dtype for path, leaf in first.items()}
+    else:
+        dtype = {path: streaming.widest([flat[path] for flat in flats]) for path in first}
+    mixed = streaming.combine(
+        inputs.headers,
+        coefficients,
+        inputs.names,
+        dtype=dtype,
+        progress=lambda paths: metrics.progress(paths, "mixing"),
+    )
+    stats = _norm_stats(config, inputs, coefficients)
+    asset_id, norm_stats = stats or (None, None)
+    store.write_step(mixed.params, directory / "0", norm_stats, asset_id)
+    if norm_stats is not None:
+        assets.write_norm_stats(directory / assets.NORM_STATS, norm_stats)
+    report |= {
+        "coefficients": np.asarray(coefficients).tolist(),
+        "loss": judge.losses("the mix", mixed.params) if judge else None,
+        "norm_stats": config.mix.norm_stats if stats else None,
+        "dtypes": _count([str(leaf.dtype) for leaf in jax.tree.leaves(mixed.params)]),
+        "num_params": trees.num_params(mixed.params),
+        "geometry": provenance.geometry(mixed.gram, mixed.square_norm, base=inputs.base),
+        "seconds": time.monotonic() - started,
+        "peak_memory_bytes": provenance.peak_memory_bytes(),
+    }
+    files.write_json(directory / "mix.json", report)
+    reports.draw_mix(report, directory / "mix.png")
+
+
+def _settings(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:
+    """The fields of config.mix that this method reads."""
+    used = {
+        "inverse_loss": ("power",),
+        "gradient_descent": ("learning_rate", "num_iterations"),
+        "adaptive_gradient_descent": ("learning_rate", "num_iterations"),
+    }
+    names = (*used.get(method, ()), "held_out", "seed", "norm_stats", "dtype")
+    return {name: config.mix[name] for name in names}
+
+
+def _print_plan(
+    request: Request, method: str, inputs: Inputs, judge: judge_lib.Judge | None
+) -> None:
+    devices = jax.devices()
+    print(f"method {method} on {len(devices)} × {devices[0].device_kind} ({devices[0].platform})")
+    for k, (name, header) in enumerate(zip(inputs.names, inputs.headers, strict=True)):
+        leaves = jax.tree.leaves(header)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        kinds = ", ".join(_count([str(leaf.dtype) for leaf in leaves]))
+        role = "base " if k == inputs.base else "input"
+        print(
+            f"  {role} {name}: {len(leaves)} arrays, {trees.num_params(header):,} parameters, "
+            f"{kinds}, {size / 1e6:,.1f} MB"
+        )
+    if judge:
+        print(f"  {judge.summary()}")
+        for warning in judge.warnings:
+            print(f"  WARNING: {warning}")
+    print(f"  output {request.output}")
+
+
+def _count(names: Sequence[str]) -> dict[str, int]:
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a search's history in JSON's words."""
+    return {
+        key: np.asarray(v).tolist() if isinstance(v, np.ndarray | jax.Array) else v
+        for key, v in row.items()
+    }

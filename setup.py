@@ -1,0 +1,50 @@
+"""Installs policymix. `pip install -e .[dev]` for development; the Makefile does it for you."""
+
+import pathlib
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+
+setuptools.setup(
+    name="policymix",
+    version="0.1.0",
+    description="Fine-tune, mix, improve, evaluate and serve vision-language-action policies in JAX.",
+    long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["policymix", "policymix.*"]),
+    install_requires=[
+        "jax>=0.10.0",
+        "flax>=0.12.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.0",
+        "tensorstore>=0.1.80",
+        "ml-collections>=1.1.0",
+        "absl-py>=2.3",
+        "numpy>=2.0",
+        "chex>=0.1.90",
+        "jaxtyping>=0.3.2",
+        "beartype>=0.22",
+        "einops>=0.8",
+        "pyarrow>=19",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "sim": ["mujoco==3.3.0", "gymnasium==1.4.0", "metaworld==3.1.1", "packaging"],
+        "rlds": ["tensorflow-cpu>=2.20", "tensorflow-datasets>=4.9.9"],
+        "hub": ["gcsfs", "fsspec", "huggingface_hub>=1,<3"],
+        "notebooks": ["jupyterlab", "nbconvert", "ipykernel"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.12",
+            "pre-commit>=4",
+        ],
+    },
+)
