@@ -21,12 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from policymix import files
+
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 TOLERANCE_S = 1e-4  # how far an offset may lie from a whole frame, in seconds; LeRobot's default
 _PICTURES = ("image", "video")
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_DATA_PATH_V3 = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-_DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+_EPISODES_V2 = "episodes.jsonl"
 _AGAIN = "copy or download the dataset again"
 
 
@@ -34,7 +35,7 @@ class _Episodes(NamedTuple):
     """What the episode table says."""
 
     lengths: np.ndarray  # int64 [num_episodes], in frames
-    files: list[pathlib.Path]  # each episode's data file; empty where the table does not tell
+    data_files: list[pathlib.Path]  # each episode's; empty where the table does not tell
 
 
 def open_dataset(path: str | pathlib.Path) -> "Dataset":
@@ -57,17 +58,15 @@ def open_dataset(path: str | pathlib.Path) -> "Dataset":
             "Give the directory that contains meta/ and data/"
         )
     info = _read_info(info_path)
-    if info["codebase_version"] == "v3.0":
-        episodes, tasks = _episodes_v3(path, info), _tasks_v3(path)
-    else:
-        episodes, tasks = _episodes_v2(path, info), _tasks_v2(path)
-    files = _checked_files(path, info, episodes)
+    tasks = _read_tasks(path, info)
+    episodes = _read_episodes(path, info)
+    data_files = _checked_files(path, info, episodes)
     if len(episodes.lengths) != info["total_episodes"]:
         raise ValueError(
             f"{info_path} announces total_episodes = {info['total_episodes']}, but the episode "
             f"table has {len(episodes.lengths)} rows; {_AGAIN}"
         )
-    return Dataset(path, info, tasks, episodes.lengths, files)
+    return Dataset(path, info, tasks, episodes.lengths, data_files)
 
 
 class Dataset:
@@ -92,7 +91,7 @@ class Dataset:
         info: dict,
         tasks: Sequence[str],
         lengths: np.ndarray,
-        files: Sequence[pathlib.Path],
+        data_files: Sequence[pathlib.Path],
     ):
         self.path = path
         self.info = info
@@ -106,7 +105,7 @@ class Dataset:
         self.episode_from = self.episode_to - lengths
         self.camera_keys = [k for k, f in self.features.items() if f["dtype"] in _PICTURES]
         self.numeric_keys = [k for k, f in self.features.items() if _numpy_dtype(f) is not None]
-        self._files = list(files)
+        self._data_files = list(data_files)
         self._columns: dict[str, np.ndarray] = {}
 
     def column(self, name: str) -> np.ndarray:
@@ -178,10 +177,9 @@ class Dataset:
     @functools.cached_property
     def _fingerprint(self) -> str:
         meta = self.path / "meta"
-        v3 = self.version == "v3.0"
-        table = _parquet_files(meta / "episodes") if v3 else [meta / "episodes.jsonl"]
+        table = _parquet_files(meta / "episodes") if _is_v3(self.info) else [meta / _EPISODES_V2]
         total = hashlib.sha256()
-        for path in [meta / "info.json", *table, *self._files]:
+        for path in [meta / "info.json", *table, *self._data_files]:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             total.update(f"{path.relative_to(self.path).as_posix()} {digest}\n".encode())
@@ -210,14 +208,12 @@ class Dataset:
     def _load(self, name: str) -> np.ndarray:
         if name not in self.features:
             raise ValueError(f"{self.path / 'meta' / 'info.json'} declares no feature {name!r}")
-        values = np.concatenate(
-            [
-                _to_numpy(
-                    _read_parquet(path, [name])[name], self.features[name], f"{path}: {name!r}"
-                )
-                for path in self._files
-            ]
-        )
+        feature = self.features[name]
+        parts = [
+            _to_numpy(_read_parquet(path, [name])[name], feature, f"{path}: {name!r}")
+            for path in self._data_files
+        ]
+        values = np.concatenate(parts)
         if name == "task_index" and (values.min() < 0 or values.max() >= len(self.tasks)):
             raise ValueError(
                 f"{self.path / 'data'}: task_index goes from {values.min()} to {values.max()}, but "
@@ -283,8 +279,8 @@ def _to_numpy(column: pa.ChunkedArray, feature: Mapping[str, Any], where: str) -
 
 def _read_info(path: pathlib.Path) -> dict:
     """meta/info.json, its keys that matter here checked. Unknown keys are left alone."""
-    info = _parse_json(path.read_bytes(), path)
-    needed = {"codebase_version", "fps", "total_frames", "total_episodes", "features"}
+    info = files.read_json(path)
+    needed = {"codebase_version", "data_path", "features", "fps", "total_episodes", "total_frames"}
     if not isinstance(info, dict) or not needed <= info.keys():
         found = sorted(info) if isinstance(info, dict) else type(info).__name__
         raise ValueError(f"{path}: expected an object with {sorted(needed)}, found {found}")
@@ -307,57 +303,38 @@ def _read_info(path: pathlib.Path) -> dict:
     return info
 
 
-def _episodes_v3(path: pathlib.Path, info: Mapping[str, Any]) -> _Episodes:
-    folder = path / "meta" / "episodes"
-    needed, rows = ["episode_index", "length"], []
-    bounds = ["dataset_from_index", "dataset_to_index"]
-    located = ["data/chunk_index", "data/file_index"]
-    for file in _parquet_files(folder):
-        # Column order and the types of the statistics vary between files: take what is needed.
-        rows += _read_parquet(file, needed, optional=bounds + located).to_pylist()
-    rows = _in_order(rows, "episode_index", folder)
-    lengths = np.array([row["length"] for row in rows], np.int64)
-    ends = np.cumsum(lengths)
-    for row, start, end in zip(rows, ends - lengths, ends, strict=True):
-        found = row.get(bounds[0], start), row.get(bounds[1], end)
-        if found != (start, end):
-            raise ValueError(
-                f"{folder}: the lengths make episode {row['episode_index']} the frames "
-                f"{start}..{end}, but the table says {found[0]}..{found[1]}; rewrite the dataset"
-            )
-    template = info.get("data_path") or _DATA_PATH_V3
-    if any(name not in row for row in rows for name in located):
-        return _Episodes(lengths, [])
-    numbers = [{"chunk_index": row[located[0]], "file_index": row[located[1]]} for row in rows]
-    return _Episodes(lengths, [path / template.format(**number) for number in numbers])
+def _is_v3(info: Mapping[str, Any]) -> bool:
+    return info["codebase_version"] == "v3.0"
 
 
-def _episodes_v2(path: pathlib.Path, info: Mapping[str, Any]) -> _Episodes:
-    table = path / "meta" / "episodes.jsonl"
-    rows = _in_order(_read_jsonl(table, ["episode_index", "length"]), "episode_index", table)
-    template, per_chunk = info.get("data_path") or _DATA_PATH_V2, info.get("chunks_size") or 1000
-    files = [
-        path / template.format(episode_chunk=int(number // per_chunk), episode_index=number)
-        for number in range(len(rows))
-    ]
-    return _Episodes(np.array([row["length"] for row in rows], np.int64), files)
-
-
-def _tasks_v3(path: pathlib.Path) -> list[str]:
-    file = path / "meta" / "tasks.parquet"
-    # A pandas frame whose index is the sentence: "task" with newer writers, nameless with 0.4.
+def _read_tasks(path: pathlib.Path, info: Mapping[str, Any]) -> list[str]:
+    file = path / "meta" / ("tasks.parquet" if _is_v3(info) else "tasks.jsonl")
+    # In parquet a pandas frame whose index is the sentence: "task", with older writers nameless.
     names = ["task", "__index_level_0__"]
-    rows = _read_parquet(file, ["task_index"], optional=names).to_pylist()
-    column = next((name for name in names if rows and name in rows[0]), None)
+    rows = _in_order(_read_rows(file, ["task_index"], names), "task_index", file)
+    column = next((name for name in names if rows and all(name in row for row in rows)), None)
     if column is None:
-        raise ValueError(f"{file}: expected rows with a column 'task'; download the dataset again")
-    return [row[column] for row in _in_order(rows, "task_index", file)]
+        raise ValueError(f"{file}: expected rows with task_index and task, found {rows[:2]}")
+    return [row[column] for row in rows]
 
 
-def _tasks_v2(path: pathlib.Path) -> list[str]:
-    file = path / "meta" / "tasks.jsonl"
-    rows = _in_order(_read_jsonl(file, ["task_index", "task"]), "task_index", file)
-    return [row["task"] for row in rows]
+def _read_episodes(path: pathlib.Path, info: Mapping[str, Any]) -> _Episodes:
+    needed, where = ["episode_index", "length"], ["data/chunk_index", "data/file_index"]
+    v3 = _is_v3(info)
+    table = path / "meta" / ("episodes" if v3 else _EPISODES_V2)
+    # Order and types of other columns vary between the files of a table: take what is needed.
+    parts = [_read_rows(file, needed, where) for file in (_parquet_files(table) if v3 else [table])]
+    rows = _in_order([row for part in parts for row in part], "episode_index", table)
+    per_chunk, data_files = int(info.get("chunks_size") or 1000), []
+    for number, row in enumerate(rows):
+        if not v3:
+            fields = {"episode_chunk": number // per_chunk, "episode_index": number}
+        elif all(name in row for name in where):
+            fields = {"chunk_index": row[where[0]], "file_index": row[where[1]]}
+        else:
+            continue
+        data_files.append(path / info["data_path"].format(**fields))
+    return _Episodes(np.array([row["length"] for row in rows], np.int64), data_files)
 
 
 def _in_order(rows: list[dict], key: str, path: pathlib.Path) -> list[dict]:
@@ -371,16 +348,16 @@ def _in_order(rows: list[dict], key: str, path: pathlib.Path) -> list[dict]:
 def _checked_files(path: pathlib.Path, info: dict, episodes: _Episodes) -> list[pathlib.Path]:
     """The data files in order of frames, once their rows are known to add up to total_frames."""
     expected = collections.Counter()
-    for file, length in zip(episodes.files, episodes.lengths.tolist(), strict=False):
+    for file, length in zip(episodes.data_files, episodes.lengths.tolist(), strict=False):
         expected[file] += length
-    files = _parquet_files(path / "data", example=next(iter(expected), None))
+    found = _parquet_files(path / "data", example=next(iter(expected), None))
     rows = {}
-    for file in files:
+    for file in found:
         with _parquet(file) as opened:
             rows[file] = opened.metadata.num_rows
     total, tabled = sum(rows.values()), int(episodes.lengths.sum())
     if total == info["total_frames"] == tabled:
-        return files
+        return found
     # LeRobot finds data files by their names, so what the table says of them only explains.
     for file, length in expected.items():
         if file not in rows:
@@ -395,11 +372,11 @@ def _checked_files(path: pathlib.Path, info: dict, episodes: _Episodes) -> list[
 
 def _parquet_files(folder: pathlib.Path, example: pathlib.Path | None = None) -> list[pathlib.Path]:
     """folder/*/*.parquet sorted, numbers of any width as numbers; hidden files are passed over."""
-    files = [file for file in folder.glob("*/*.parquet") if not file.name.startswith(".")]
-    if not files:
+    found = [file for file in folder.glob("*/*.parquet") if not file.name.startswith(".")]
+    if not found:
         example = example or folder / "chunk-000" / "file-000.parquet"
         raise FileNotFoundError(f"{example}: no such file, nor another parquet file; {_AGAIN}")
-    return sorted(files, key=lambda f: (len(f.parent.name), f.parent.name, len(f.name), f.name))
+    return sorted(found, key=lambda f: (len(f.parent.name), f.parent.name, len(f.name), f.name))
 
 
 @contextlib.contextmanager
@@ -431,23 +408,22 @@ def _read_parquet(
         return file.read(columns=names).select(names)
 
 
-def _read_jsonl(path: pathlib.Path, keys: Sequence[str]) -> list[dict]:
+def _read_rows(path: pathlib.Path, needed: Sequence[str], optional: Sequence[str]) -> list[dict]:
+    """The rows of a table in parquet or JSON lines, with at least the columns `needed`."""
+    if path.suffix == ".parquet":
+        return _read_parquet(path, needed, optional).to_pylist()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {_AGAIN}")
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
-            row = _parse_json(line, f"{path}, line {number}")
-            if not isinstance(row, dict) or any(key not in row for key in keys):
-                raise ValueError(f"{path}, line {number}: expected {list(keys)}, found {row!r}")
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}, is not JSON ({error}); {_AGAIN}"
+                ) from None
+            if not isinstance(row, dict) or any(key not in row for key in needed):
+                raise ValueError(f"{path}, line {number}: expected {list(needed)}, found {row!r}")
             rows.append(row)
     return rows
-
-
-def _parse_json(text: bytes, where: Any) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: expected JSON, found {text[:40]!r} ({error}); {_AGAIN}"
-        ) from error

@@ -157,7 +157,7 @@ class ActionChunks:
         return {"state": self.all_states, "actions": actions.reshape(-1, actions.shape[-1])}
 
     def _chunks(self, frames: np.ndarray, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Actions [b, h, a] from these frames on, and which of them lie beyond the episode [b, h]."""
+        """Actions [b, h, a] from these frames on, and which lie beyond the episode [b, h]."""
         window = frames[:, None] + np.arange(self.horizon)
         last = self.dataset.episode_to[episodes][:, None] - 1
         return self._actions[np.minimum(window, last)], window > last

@@ -96,7 +96,7 @@ class RMSNorm(nn.Module):
         normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
         if not self.adaptive:
             scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
-            return (normed * (1 + scale)).astype(x.dtype), None
+            return (normed * (1 + scale[None, None, :])).astype(x.dtype), None
         # Zero-initialised: gates start at 0, so a fresh adaptive layer is the identity.
         dense = nn.Dense(
             3 * x.shape[-1], kernel_init=nn.initializers.zeros, dtype=x.dtype, name="Dense_0"
