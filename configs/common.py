@@ -88,3 +88,5 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.train.update({"batch_size": 4, "num_steps": 4, "warmup_steps": 2, "decay_steps": 4})
     config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
     config.mix.num_iterations = 20
+    config.data.asset_id = ""
+    config.train.init_from = ""

@@ -42,5 +42,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train.init_from = "gs://openpi-assets/checkpoints/pi05_base/params"
     if common.parse_arg(arg):
         common.shrink(config)
-        config.train.init_from = ""
     return config

@@ -1,5 +1,6 @@
 """What every main shares: the flags, the config, and errors of one line."""
 
+import logging as python_logging
 import pathlib
 import sys
 import traceback
@@ -16,14 +17,14 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace existing output.")
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Show details, and the traceback of an error.")
 
 
-def define_config(main_file: str) -> flags.FlagHolder:
-    """--config=FILE[:debug], by default configs/common.py beside the folder of the main."""
+def define_config(main_file: str, default: str = "common.py") -> flags.FlagHolder:
+    """--config=FILE[:debug]; the default lies in configs/, beside the folder of the main."""
     root = pathlib.Path(main_file).resolve().parents[1]
     if str(root) not in sys.path:  # config files import configs.common
         sys.path.insert(0, str(root))
-    default = str(root / "configs" / "common.py")
+    path = str(root / "configs" / default)
     return config_flags.DEFINE_config_file(
-        "config", default, "FILE[:debug], and --config.section.field=value."
+        "config", path, "FILE[:debug], and --config.section.field=value."
     )
 
 
@@ -58,10 +59,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _guarded(main: Callable[[], None]) -> None:
-    if _VERBOSE.value:
-        logging.set_verbosity(logging.INFO)
+    logging.set_verbosity(logging.WARNING if _VERBOSE.value else logging.ERROR)
+    if _VERBOSE.value:  # our own details; those of Orbax would bury them
+        python_logging.getLogger("policymix").setLevel(python_logging.INFO)
         return main()
-    logging.set_verbosity(logging.ERROR)
     warnings.filterwarnings("ignore")
     try:
         return main()
@@ -77,8 +78,9 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split()) or type(error).__name__
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = text.replace("\\n", " ").replace("\\'", "'")  # ml_collections passes on the repr of a message
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _fail(message: str, code: int = 1) -> None:

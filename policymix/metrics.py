@@ -58,16 +58,17 @@ def read(path: pathlib.Path, *, before: float = math.inf) -> Iterator[dict[str, 
 def progress(
     items: Iterable[_T], what: str, *, total: int | None = None, lines: int = 10
 ) -> Iterator[_T]:
-    """Passes items through: a bar when stderr is a terminal, else about `lines` lines over the
-    whole.
+    """Passes items through, with a bar when stderr is a terminal.
+
+    Elsewhere it prints about `lines` lines over the whole, or none where the caller prints its own.
     """
     if total is None:
         total = len(items)
     if sys.stderr.isatty():
         yield from tqdm.tqdm(items, desc=what, total=total, leave=False)
         return
-    every = max(1, math.ceil(total / lines))
+    every = max(1, math.ceil(total / lines)) if lines else 0
     for done, item in enumerate(items, 1):
         yield item
-        if done % every == 0 or done == total:
+        if every and (done % every == 0 or done == total):
             print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)

@@ -175,11 +175,20 @@ def write_step(
         assets.write_norm_stats(path / "assets" / asset_id / assets.NORM_STATS, norm_stats)
 
 
+def to_item(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenPI's params item: {"params": tree}, every path with a trailing `value`."""
+    return {"params": jax.tree.map(lambda leaf: {"value": leaf}, dict(tree))}
+
+
+def from_item(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `to_item`."""
+    flat = trees.flatten(item["params"])
+    return trees.unflatten({path.removesuffix("/value"): leaf for path, leaf in flat.items()})
+
+
 def save_args(params: Params) -> ocp.args.PyTreeSave:
-    """OpenPI's layout of a params item: {"params": tree} with a trailing `value`, in chunks that a
-    reader can stream.
-    """
-    item = {"params": jax.tree.map(lambda leaf: {"value": leaf}, dict(params))}
+    """How Orbax is to save a params item: in chunks that a reader can stream."""
+    item = to_item(params)
     chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
     return ocp.args.PyTreeSave(item, save_args=chunked)
 

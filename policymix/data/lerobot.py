@@ -9,12 +9,11 @@ of dtype image and video are listed in `camera_keys`.
 import collections
 import contextlib
 import difflib
-import functools
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,15 +26,9 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 TOLERANCE_S = 1e-4  # how far an offset may lie from a whole frame, in seconds; LeRobot's default
 _PICTURES = ("image", "video")
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_EPISODES_V2 = "episodes.jsonl"
+_DATA_PATH_V3 = "data/chunk-{:03d}/file-{:03d}.parquet"
+_DATA_PATH_V2 = "data/chunk-{:03d}/episode_{:06d}.parquet"
 _AGAIN = "copy or download the dataset again"
-
-
-class _Episodes(NamedTuple):
-    """What the episode table says."""
-
-    lengths: np.ndarray  # int64 [num_episodes], in frames
-    data_files: list[pathlib.Path]  # each episode's; empty where the table does not tell
 
 
 def open_dataset(path: str | pathlib.Path) -> "Dataset":
@@ -46,27 +39,24 @@ def open_dataset(path: str | pathlib.Path) -> "Dataset":
       ValueError: a file is unreadable, the version unknown, or row counts contradict each other.
     """
     path = pathlib.Path(path).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such directory; give one that contains meta/ and data/"
-        )
     info_path = path / "meta" / "info.json"
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory; give the one with meta/ and data/")
     if not info_path.is_file():
         found = sorted(child.name for child in path.iterdir())[:8]
         raise FileNotFoundError(
-            f"{info_path}: no such file, so {path} is no LeRobot dataset; it holds {found}. "
-            "Give the directory that contains meta/ and data/"
+            f"{info_path}: no such file; {path} holds {found}. Give one with meta/ and data/"
         )
     info = _read_info(info_path)
-    tasks = _read_tasks(path, info)
-    episodes = _read_episodes(path, info)
-    data_files = _checked_files(path, info, episodes)
-    if len(episodes.lengths) != info["total_episodes"]:
+    tasks = _read_tasks(path, info["codebase_version"])
+    lengths, expected = _read_episodes(path, info)
+    if len(lengths) != info["total_episodes"]:
         raise ValueError(
             f"{info_path} announces total_episodes = {info['total_episodes']}, but the episode "
-            f"table has {len(episodes.lengths)} rows; {_AGAIN}"
+            f"table has {len(lengths)} rows; {_AGAIN}"
         )
-    return Dataset(path, info, tasks, episodes.lengths, data_files)
+    data_files = _checked_files(path, info, int(lengths.sum()), expected)
+    return Dataset(path, info, tasks, lengths, data_files)
 
 
 class Dataset:
@@ -74,25 +64,15 @@ class Dataset:
 
     Attributes:
       path: its folder.
-      info: meta/info.json as it stands.
-      version: "v2.0", "v2.1" or "v3.0".
-      fps: frames per second.
+      info: meta/info.json as it stands; version: "v2.0", "v2.1" or "v3.0"; fps: frames per second.
       features: {name: {"dtype", "shape", ...}} as declared in info.json.
       num_frames, num_episodes: totals.
       tasks: sentences; the position in the list is the task_index.
       episode_from, episode_to: int64 [num_episodes], the episodes' frames, `to` exclusive.
-      camera_keys: features of dtype image or video.
-      numeric_keys: features of numbers and bools.
+      camera_keys: features of dtype image or video; numeric_keys: features of numbers and bools.
     """
 
-    def __init__(
-        self,
-        path: pathlib.Path,
-        info: dict,
-        tasks: Sequence[str],
-        lengths: np.ndarray,
-        data_files: Sequence[pathlib.Path],
-    ):
+    def __init__(self, path, info: dict, tasks: list[str], lengths: np.ndarray, data_files: list):
         self.path = path
         self.info = info
         self.version: str = info["codebase_version"]
@@ -100,13 +80,14 @@ class Dataset:
         self.features: dict[str, dict] = info["features"]
         self.num_frames = int(info["total_frames"])
         self.num_episodes = len(lengths)
-        self.tasks = list(tasks)
+        self.tasks = tasks
         self.episode_to = np.cumsum(lengths, dtype=np.int64)
         self.episode_from = self.episode_to - lengths
         self.camera_keys = [k for k, f in self.features.items() if f["dtype"] in _PICTURES]
         self.numeric_keys = [k for k, f in self.features.items() if _numpy_dtype(f) is not None]
-        self._data_files = list(data_files)
+        self._data_files = data_files
         self._columns: dict[str, np.ndarray] = {}
+        self._fingerprint: str | None = None
 
     def column(self, name: str) -> np.ndarray:
         """One feature of all frames: [num_frames, *shape], or [num_frames] where shape is [1].
@@ -121,9 +102,7 @@ class Dataset:
             if name not in self.features:
                 near = difflib.get_close_matches(name, self.features, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ValueError(
-                    f"{self.path} has no feature {name!r}{hint} It has {list(self.features)}"
-                )
+                raise ValueError(f"{self.path} has no {name!r}{hint} It has {list(self.features)}")
             if not _is_readable(self.features[name]):
                 readable = [key for key, other in self.features.items() if _is_readable(other)]
                 raise ValueError(
@@ -172,18 +151,15 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of info.json, the episode table and all data files, wherever they lie."""
+        if self._fingerprint is None:
+            total = hashlib.sha256()
+            info, _, *table = _meta_files(self.path, self.version)
+            for path in [info, *table, *self._data_files]:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                total.update(f"{path.relative_to(self.path).as_posix()} {digest}\n".encode())
+            self._fingerprint = total.hexdigest()
         return self._fingerprint
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        meta = self.path / "meta"
-        table = _parquet_files(meta / "episodes") if _is_v3(self.info) else [meta / _EPISODES_V2]
-        total = hashlib.sha256()
-        for path in [meta / "info.json", *table, *self._data_files]:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.relative_to(self.path).as_posix()} {digest}\n".encode())
-        return total.hexdigest()
 
     def _check_order(self) -> None:
         """A frame is found by its row: that must be right before any column is handed out."""
@@ -196,12 +172,10 @@ class Dataset:
         }
         for name, values in expected.items():
             found = self._load(name)
-            wrong = np.flatnonzero(found != values)
-            if wrong.size:
-                row = wrong[0]
+            if (wrong := np.flatnonzero(found != values)).size:
                 raise ValueError(
-                    f"{self.path / 'data'}: the frames are out of order: row {row} should have "
-                    f"{name} {values[row]}, found {found[row]}; rewrite the dataset with LeRobot"
+                    f"{self.path / 'data'}, out of order: row {wrong[0]} should have {name} "
+                    f"{values[wrong[0]]}, found {found[wrong[0]]}; rewrite the dataset with LeRobot"
                 )
             self._columns[name] = found
 
@@ -231,8 +205,7 @@ class Dataset:
         if wrong.any():
             raise ValueError(
                 f"delta_timestamps[{key!r}]: {np.asarray(seconds)[wrong].tolist()} s are no whole "
-                f"frames of {self.path} at {self.fps} fps (to {TOLERANCE_S} s); use multiples of "
-                f"1/{self.fps} s"
+                f"frames of {self.path} (within {TOLERANCE_S} s); use multiples of 1/{self.fps} s"
             )
         return frames.astype(np.int64)
 
@@ -268,22 +241,19 @@ def _to_numpy(column: pa.ChunkedArray, feature: Mapping[str, Any], where: str) -
     if len(column) and (shape or [1]) != (declared or [1]):
         raise ValueError(f"{where} holds values of shape {shape}, info.json declares {declared}")
     values = array.to_numpy(zero_copy_only=False)
-    try:
-        values = values.astype(dtype or object, casting="same_kind")
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{where} holds {array.type}, info.json declares {feature['dtype']}"
-        ) from None
+    text = values.dtype == object
+    if text != (dtype is None) or not np.can_cast(values.dtype, dtype or object, "same_kind"):
+        raise ValueError(f"{where} holds {array.type}, info.json declares {feature['dtype']}")
+    values = values.astype(dtype or object)
     return values.reshape(len(column), *([] if declared == [1] else declared))
 
 
 def _read_info(path: pathlib.Path) -> dict:
     """meta/info.json, its keys that matter here checked. Unknown keys are left alone."""
     info = files.read_json(path)
-    needed = {"codebase_version", "data_path", "features", "fps", "total_episodes", "total_frames"}
-    if not isinstance(info, dict) or not needed <= info.keys():
-        found = sorted(info) if isinstance(info, dict) else type(info).__name__
-        raise ValueError(f"{path}: expected an object with {sorted(needed)}, found {found}")
+    needed = {"codebase_version", "features", "fps", "total_episodes", "total_frames"}
+    if missing := needed - (info.keys() if isinstance(info, dict) else set()):
+        raise ValueError(f"{path} lacks {sorted(missing)}; {_AGAIN}")
     if info["codebase_version"] not in VERSIONS:
         raise ValueError(
             f"{path}: codebase_version is {info['codebase_version']!r}, expected one of "
@@ -293,22 +263,23 @@ def _read_info(path: pathlib.Path) -> dict:
         value = info[key]
         if type(value) not in (int, float) or value != value // 1 or value < 1:
             raise ValueError(f"{path}: {key} is {value!r}, expected a whole number, 1 or more")
-    features = info["features"]
-    for key, feature in features.items() if isinstance(features, dict) else [("?", features)]:
-        found = feature if isinstance(feature, dict) else {}
-        if not isinstance(found.get("dtype"), str) or not isinstance(found.get("shape"), list):
-            raise ValueError(
-                f"{path}: feature {key!r} is {feature!r}, expected an object with dtype and shape"
-            )
+    features = info["features"] if isinstance(info["features"], dict) else {"?": info["features"]}
+    for key, feature in features.items():
+        if not isinstance(feature, dict) or not {"dtype", "shape"} <= feature.keys():
+            raise ValueError(f"{path}: feature {key!r} needs dtype and shape, found {feature!r}")
     return info
 
 
-def _is_v3(info: Mapping[str, Any]) -> bool:
-    return info["codebase_version"] == "v3.0"
+def _meta_files(path: pathlib.Path, version: str) -> list[pathlib.Path]:
+    """info.json, the table of tasks, and the file or files of the episode table."""
+    if version == "v3.0":
+        episodes = _parquet_files(path / "meta" / "episodes")
+        return [path / "meta" / "info.json", path / "meta" / "tasks.parquet", *episodes]
+    return [path / "meta" / name for name in ("info.json", "tasks.jsonl", "episodes.jsonl")]
 
 
-def _read_tasks(path: pathlib.Path, info: Mapping[str, Any]) -> list[str]:
-    file = path / "meta" / ("tasks.parquet" if _is_v3(info) else "tasks.jsonl")
+def _read_tasks(path: pathlib.Path, version: str) -> list[str]:
+    file = _meta_files(path, version)[1]
     # In parquet a pandas frame whose index is the sentence: "task", with older writers nameless.
     names = ["task", "__index_level_0__"]
     rows = _in_order(_read_rows(file, ["task_index"], names), "task_index", file)
@@ -318,44 +289,42 @@ def _read_tasks(path: pathlib.Path, info: Mapping[str, Any]) -> list[str]:
     return [row[column] for row in rows]
 
 
-def _read_episodes(path: pathlib.Path, info: Mapping[str, Any]) -> _Episodes:
+def _read_episodes(path: pathlib.Path, info: Mapping[str, Any]) -> tuple[np.ndarray, dict]:
+    """Lengths in frames, int64 [num_episodes], and {data file: rows} as far as the table tells."""
     needed, where = ["episode_index", "length"], ["data/chunk_index", "data/file_index"]
-    v3 = _is_v3(info)
-    table = path / "meta" / ("episodes" if v3 else _EPISODES_V2)
+    table = _meta_files(path, info["codebase_version"])[2:]
     # Order and types of other columns vary between the files of a table: take what is needed.
-    parts = [_read_rows(file, needed, where) for file in (_parquet_files(table) if v3 else [table])]
-    rows = _in_order([row for part in parts for row in part], "episode_index", table)
-    per_chunk, data_files = int(info.get("chunks_size") or 1000), []
+    rows = [row for file in table for row in _read_rows(file, needed, where)]
+    rows = _in_order(rows, "episode_index", table[0])
+    lengths = np.array([row["length"] for row in rows], np.int64)
+    expected = collections.Counter()
     for number, row in enumerate(rows):
-        if not v3:
-            fields = {"episode_chunk": number // per_chunk, "episode_index": number}
+        if info["codebase_version"] != "v3.0":
+            chunk = number // int(info.get("chunks_size") or 1000)
+            expected[path / _DATA_PATH_V2.format(chunk, number)] += row["length"]
         elif all(name in row for name in where):
-            fields = {"chunk_index": row[where[0]], "file_index": row[where[1]]}
-        else:
-            continue
-        data_files.append(path / info["data_path"].format(**fields))
-    return _Episodes(np.array([row["length"] for row in rows], np.int64), data_files)
+            expected[path / _DATA_PATH_V3.format(*(row[name] for name in where))] += row["length"]
+    return lengths, expected
 
 
 def _in_order(rows: list[dict], key: str, path: pathlib.Path) -> list[dict]:
     """Rows sorted by `key`, which must number them 0, 1, 2, ..."""
     found = [row[key] for row in rows]
     if set(found) != set(range(len(rows))):
-        raise ValueError(f"{path}: expected {key} 0..{len(rows) - 1}, once each, found {found}")
+        raise ValueError(
+            f"{path}: expected {key} 0..{len(rows) - 1}, once each, found {found[:16]}"
+        )
     return sorted(rows, key=lambda row: row[key])
 
 
-def _checked_files(path: pathlib.Path, info: dict, episodes: _Episodes) -> list[pathlib.Path]:
+def _checked_files(path: pathlib.Path, info: dict, tabled: int, expected: dict) -> list:
     """The data files in order of frames, once their rows are known to add up to total_frames."""
-    expected = collections.Counter()
-    for file, length in zip(episodes.data_files, episodes.lengths.tolist(), strict=False):
-        expected[file] += length
     found = _parquet_files(path / "data", example=next(iter(expected), None))
     rows = {}
     for file in found:
         with _parquet(file) as opened:
             rows[file] = opened.metadata.num_rows
-    total, tabled = sum(rows.values()), int(episodes.lengths.sum())
+    total = sum(rows.values())
     if total == info["total_frames"] == tabled:
         return found
     # LeRobot finds data files by their names, so what the table says of them only explains.
@@ -365,8 +334,8 @@ def _checked_files(path: pathlib.Path, info: dict, episodes: _Episodes) -> list[
         if rows[file] != length:
             raise ValueError(f"{file}: expected {length} rows, found {rows[file]}; {_AGAIN}")
     raise ValueError(
-        f"{path / 'meta' / 'info.json'} announces total_frames = {info['total_frames']}, but the "
-        f"data files have {total} rows and the episode table counts {tabled}; {_AGAIN}"
+        f"{path / 'meta' / 'info.json'}: total_frames is {info['total_frames']}, but data files "
+        f"have {total} rows and the episode table counts {tabled}; {_AGAIN}"
     )
 
 
@@ -395,20 +364,17 @@ def _parquet(path: pathlib.Path) -> Iterator[pq.ParquetFile]:
         ) from error
 
 
-def _read_parquet(
-    path: pathlib.Path, needed: Sequence[str], optional: Sequence[str] = ()
-) -> pa.Table:
+def _read_parquet(path: pathlib.Path, needed: list[str], optional: Sequence[str] = ()) -> pa.Table:
     """The columns `needed`, and those of `optional` that the file has."""
     with _parquet(path) as file:
         have = file.schema_arrow.names
         if missing := [name for name in needed if name not in have]:
             raise ValueError(f"{path} lacks the columns {missing}; it has {have[:16]}")
         names = [*needed, *(name for name in optional if name in have)]
-        # The reader takes "a" for "a.b" too: select once more, by the whole name.
-        return file.read(columns=names).select(names)
+        return file.read(columns=names)
 
 
-def _read_rows(path: pathlib.Path, needed: Sequence[str], optional: Sequence[str]) -> list[dict]:
+def _read_rows(path: pathlib.Path, needed: list[str], optional: Sequence[str]) -> list[dict]:
     """The rows of a table in parquet or JSON lines, with at least the columns `needed`."""
     if path.suffix == ".parquet":
         return _read_parquet(path, needed, optional).to_pylist()
@@ -424,6 +390,6 @@ def _read_rows(path: pathlib.Path, needed: Sequence[str], optional: Sequence[str
                     f"{path}, line {number}, is not JSON ({error}); {_AGAIN}"
                 ) from None
             if not isinstance(row, dict) or any(key not in row for key in needed):
-                raise ValueError(f"{path}, line {number}: expected {list(needed)}, found {row!r}")
+                raise ValueError(f"{path}, line {number}: expected {needed}, found {row!r}")
             rows.append(row)
     return rows

@@ -16,8 +16,7 @@ _log = logging.getLogger(__name__)
 class ByteTokenizer:
     """UTF-8 bytes as tokens: 0 pad, 1 beginning, 2 reserved for the end, byte + 3.
 
-    Prompts are cleaned and framed as OpenPI does for PaliGemma: stripped, "_" and newlines become
-    spaces, the beginning token in front, a newline at the end.
+    The beginning token stands in front; what else frames a prompt is `transforms.prompts`' business.
 
     Args:
       max_token_len: s, the length of every row; longer prompts are cut.
@@ -48,8 +47,7 @@ class ByteTokenizer:
         tokens = np.full((len(prompts), self.max_token_len), PAD_ID, np.int32)
         mask = np.zeros(tokens.shape, bool)
         for row, prompt in enumerate(prompts):
-            text = prompt.strip().replace("_", " ").replace("\n", " ") + "\n"
-            ids = [BOS_ID, *(byte + _BYTE_OFFSET for byte in text.encode())]
+            ids = [BOS_ID, *(byte + _BYTE_OFFSET for byte in prompt.encode())]
             if len(ids) > self.max_token_len and prompt not in self._cut:
                 self._cut.add(prompt)
                 _log.warning(

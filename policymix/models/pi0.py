@@ -242,12 +242,14 @@ def check_observation(config: Pi0Config, observation: Observation) -> None:
             )
         expected = (batch_size, *config.image_resolution, 3)
         require(f"the shape of image {name!r}", tuple(observation.images[name].shape), expected)
+        mask = tuple(observation.image_masks[name].shape)
+        require(f"the shape of the mask of image {name!r}", mask, (batch_size,))
     if observation.prompt_tokens is not None and config.max_token_len:
-        require(
-            "the shape of prompt_tokens",
-            tuple(observation.prompt_tokens.shape),
-            (batch_size, config.max_token_len),
-        )
+        if observation.prompt_mask is None:
+            raise ValueError("observation: prompt_mask is missing beside prompt_tokens")
+        for name in ("prompt_tokens", "prompt_mask"):
+            found = tuple(getattr(observation, name).shape)
+            require(f"the shape of {name}", found, (batch_size, config.max_token_len))
 
 
 @functools.partial(jax.jit, static_argnums=0)

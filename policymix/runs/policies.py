@@ -27,6 +27,9 @@ def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Confi
     return pi0.Pi0Config(**fields)
 
 
+@functools.cache
 def loss_fn(model: pi0.Pi0Config) -> LossFn:
-    """(params, batch, key) → (mean flow-matching loss, metrics)."""
+    """(params, batch, key) → (mean flow-matching loss, metrics); one object per model, so that what
+    was compiled for it is found again.
+    """
     return functools.partial(pi0.loss, model)

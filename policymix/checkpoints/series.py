@@ -1,0 +1,145 @@
+"""The checkpoints of a run: `WORKDIR/<step>/{params,train_state,assets}`, written and resumed by Orbax.
+
+As in OpenPI, `params` holds the moving average where there is one, and `train_state/params` then the raw parameters.
+"""
+
+import asyncio
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from policymix import files
+from policymix.checkpoints import assets, store
+from policymix.training.state import TrainState
+from policymix.transforms.normalize import Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+    """What lies beside the parameters of every step."""
+
+    asset_id: str
+    norm_stats: Stats
+    episodes: dict[str, Any]  # {"fingerprint", "episodes", "path"} of the training data
+
+
+class _AssetsHandler(ocp.AsyncCheckpointHandler):
+    """Writes norm_stats.json and episodes.json into the step's `assets`."""
+
+    async def async_save(self, directory, args: "_SaveAssets"):
+        # The step's directory is itself made in the background; this future waits for it.
+        coroutine = asyncio.to_thread(self.save, directory, args)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(coroutine, name="assets")]
+
+    def save(self, directory, args: "_SaveAssets"):
+        folder = pathlib.Path(directory) / args.value.asset_id
+        assets.write_norm_stats(folder / assets.NORM_STATS, args.value.norm_stats)
+        files.write_json(folder / assets.EPISODES, args.value.episodes)
+
+    def restore(self, directory, args: "_RestoreAssets | None" = None):
+        raise ValueError(f"{directory}: read assets with checkpoints.assets, not through Orbax")
+
+
+@ocp.args.register_with_handler(_AssetsHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveAssets(ocp.args.CheckpointArgs):
+    value: Assets
+
+
+@ocp.args.register_with_handler(_AssetsHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreAssets(ocp.args.CheckpointArgs):
+    """Orbax wants both registered before it accepts either."""
+
+
+class Series:
+    """Saves and restores train states of one run. Steps appear whole or not at all.
+
+    Args:
+      max_to_keep: how many of the latest steps stay; keep_period: multiples of it stay for good.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, max_to_keep: int, keep_period: int | None):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            keep_period=keep_period,
+            create=True,
+            cleanup_tmp_directories=True,
+        )
+        handlers = {
+            "params": ocp.PyTreeCheckpointHandler(),
+            "train_state": ocp.PyTreeCheckpointHandler(),
+            "assets": _AssetsHandler(),
+        }
+        self._manager = ocp.CheckpointManager(workdir, options=options, item_handlers=handlers)
+
+    @property
+    def latest(self) -> int | None:
+        """The last whole step, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, beside: Assets) -> None:
+        """Starts writing `state` under its step; training goes on meanwhile."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=store.save_args(state.policy_params),
+                train_state=ocp.args.PyTreeSave(_train_item(state)),
+                assets=_SaveAssets(beside),
+            ),
+        )
+
+    def restore(self, like: TrainState, shardings: TrainState) -> TrainState:
+        """The latest state. `like` gives structure, shapes and dtypes (`jax.eval_shape`), `shardings` the places.
+
+        Raises:
+          ValueError: the checkpoint belongs to another model or optimizer, or is damaged.
+        """
+        item, places = (store.to_item(state.policy_params) for state in (like, shardings))
+        try:
+            restored = self._manager.restore(
+                self.latest,
+                args=ocp.args.Composite(
+                    params=_restore_args(item, places),
+                    train_state=_restore_args(_train_item(like), _train_item(shardings)),
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{self._manager.directory}: step {self.latest} cannot be resumed ({str(error).splitlines()[0]}); "
+                "it was saved by another model or optimizer, or is damaged: pass --overwrite to start again"
+            ) from error
+        params = store.from_item(restored.params)
+        train = restored.train_state
+        if like.ema_params is None:
+            return TrainState(train["step"], params, train["opt_state"], None)
+        return TrainState(train["step"], train["params"], train["opt_state"], params)
+
+    def wait(self) -> None:
+        """Blocks until everything saved is on disk; errors of the background writer surface here."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go."""
+        self.wait()
+        self._manager.close()
+
+
+def _train_item(state: TrainState) -> dict[str, Any]:
+    """What the params item does not hold: raw parameters only where that item is their average."""
+    raw = {} if state.ema_params is None else dict(state.params)
+    return {"step": state.step, "params": raw, "opt_state": state.opt_state}
+
+
+def _restore_args(like: Any, shardings: Any) -> ocp.args.PyTreeRestore:
+    restore_args = jax.tree.map(
+        lambda leaf, place: ocp.ArrayRestoreArgs(
+            sharding=place, global_shape=leaf.shape, dtype=leaf.dtype
+        ),
+        like,
+        shardings,
+    )
+    return ocp.args.PyTreeRestore(like, restore_args=restore_args)

@@ -1,0 +1,167 @@
+"""The rows of `make bench`: ours and a straightforward program, interleaved on the same machine."""
+
+import functools
+import multiprocessing
+import pathlib
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from policymix import reports, trees
+from policymix.checkpoints import store, streaming
+from policymix.mixing import objective as objective_lib
+from policymix.models import flow, pi0
+from policymix.structs import Batch
+
+_REPEATS = 3
+_LEAVES, _ELEMENTS = 16, 4 * 2**20  # 16 leaves of 16 MB: a checkpoint of 268 MB
+
+
+class Measurement(NamedTuple):
+    """Medians of one side of a row; memory is None where both sides share a process."""
+
+    wall: float
+    cpu: float
+    peak: int | None = None
+
+
+def run(rows: Sequence[str]) -> str:
+    """Measures the named rows (all of them if none is named) and returns the table."""
+    chosen = rows or list(ROWS)
+    if unknown := [row for row in chosen if row not in ROWS]:
+        raise ValueError(f"--rows: {unknown[0]!r} is not a row; there are {', '.join(ROWS)}")
+    lines = []
+    for row in chosen:
+        ours, theirs = ROWS[row]()
+        lines.append(
+            [
+                row,
+                f"{ours.wall:.3f} / {theirs.wall:.3f}",
+                f"{ours.cpu:.3f} / {theirs.cpu:.3f}",
+                f"{theirs.wall / ours.wall:.2f} ×",
+                "" if ours.peak is None else f"{ours.peak / 1e6:.0f} / {theirs.peak / 1e6:.0f}",
+            ]
+        )
+    header = ["ours / straightforward", "wall s", "CPU s", "faster", "peak MB"]
+    device = jax.devices()[0]
+    return f"{device.device_kind} ({device.platform}), medians of {_REPEATS}\n{reports.table(lines, header)}"
+
+
+def _interleaved(*sides: Callable[[], Measurement]) -> tuple[Measurement, ...]:
+    runs = [[side() for side in sides] for _ in range(_REPEATS)]
+    return tuple(
+        Measurement(*(None if v[0] is None else statistics.median(v) for v in zip(*side, strict=True)))
+        for side in zip(*runs, strict=True)
+    )
+
+
+def _here(function: Callable[[], jax.Array]) -> Callable[[], Measurement]:
+    """Times a call in this process; the first, which compiles, is not counted."""
+    jax.block_until_ready(function())
+
+    def measure():
+        wall, cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(function())
+        return Measurement(time.perf_counter() - wall, time.process_time() - cpu)
+
+    return measure
+
+
+def _apart(function: Callable[..., None], *args) -> Callable[[], Measurement]:
+    """Times a call in a process of its own, whose peak memory is then that call's."""
+
+    def measure():
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(sender, function, args))
+        process.start()
+        sender.close()
+        result = Measurement(*receiver.recv())
+        process.join()
+        return result
+
+    return measure
+
+
+def _child(sender, function, args) -> None:
+    wall, cpu = time.perf_counter(), time.process_time()
+    function(*args)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    sender.send((wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def _average_streamed(paths: list[str]) -> None:
+    opened = [store.open_params(path) for path in paths]
+    streaming.combine(opened, np.full(len(paths), 1 / len(paths)), paths)
+
+
+def _average_stacked(paths: list[str]) -> None:
+    """All checkpoints in memory, each leaf stacked in float64: the way of kai0's program."""
+    loaded = [trees.flatten(store.load_params(path)) for path in paths]
+    for leaf in loaded[0]:
+        np.average(np.stack([flat[leaf] for flat in loaded], dtype=np.float64), axis=0).astype(np.float32)
+
+
+def _row_average() -> tuple[Measurement, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for k in range(3):
+            rng = np.random.default_rng(k)
+            leaves = {f"leaf_{i}": rng.standard_normal(_ELEMENTS, np.float32) for i in range(_LEAVES)}
+            paths.append(str(pathlib.Path(folder) / str(k)))
+            store.save_params(leaves, paths[-1])
+        return _interleaved(_apart(_average_streamed, paths), _apart(_average_stacked, paths))
+
+
+def _debug_policy():
+    config = pi0.Pi0Config(
+        "dummy", "dummy", "mu/28", 2, 512, action_dim=8, action_horizon=6, max_token_len=16, dtype="float32"
+    )
+    params = [pi0.init(config, jax.random.key(k)) for k in range(3)]
+    observation = pi0.example_observation(config, 2)
+    return config, params, Batch(observation, jnp.ones((2, 6, 8)))
+
+
+def _row_coefficient_gradient() -> tuple[Measurement, ...]:
+    """The gradient in three coefficients over four batches."""
+    config, params, batch = _debug_policy()
+    loss_fn = functools.partial(pi0.loss, config)
+    batches, key, c = [batch] * 4, jax.random.key(0), jnp.full(3, 1 / 3)
+    ours = objective_lib.in_memory(loss_fn, params, batches, key)
+    keys = jax.random.split(key, 4)
+    through = jax.jit(jax.grad(lambda c, b, k: loss_fn(trees.combine(c, params), b, k)[0]))
+    return _interleaved(
+        _here(lambda: ours.value_and_grad(c)),
+        _here(lambda: sum(through(c, b, k) for b, k in zip(batches, keys, strict=True)) / 4),
+    )
+
+
+def _row_sampling() -> tuple[Measurement, ...]:
+    """Ten flow steps with the prefix's keys and values kept, against ten whole passes."""
+    config, params, batch = _debug_policy()
+    noise = jnp.ones_like(batch.actions)
+    kept = jax.jit(functools.partial(pi0.sample_actions, config))
+
+    @jax.jit
+    def whole(params, observation, noise):
+        step = functools.partial(pi0.velocity, config, params, observation)
+        return flow.integrate(step, noise, 10)
+
+    return _interleaved(
+        _here(lambda: kept(params[0], batch.observation, noise=noise)),
+        _here(lambda: whole(params[0], batch.observation, noise)),
+    )
+
+
+ROWS = {
+    "average of 3 Orbax checkpoints, 268 MB each, without writing": _row_average,
+    "gradient in 3 coefficients, 4 batches, 0.5 M parameters": _row_coefficient_gradient,
+    "sampling, 10 steps, 0.5 M parameters": _row_sampling,
+}

@@ -1,0 +1,218 @@
+"""Training: a config and a working directory in, a series of checkpoints out, resumed to the exact step."""
+
+import functools
+import itertools
+import math
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from policymix import files, metrics, sharding, trees
+from policymix.checkpoints import series, store
+from policymix.models import pi0
+from policymix.runs import pipeline as pipeline_lib
+from policymix.runs import policies
+from policymix.training import optimizers
+from policymix.training import state as state_lib
+from policymix.training.state import TrainState
+
+# What a resumed run may change without becoming another run.
+_FREE = ("num_steps", "log_every", "save_every", "keep_period", "max_to_keep", "fsdp_devices")
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool = False, dry_run: bool = False
+) -> TrainState | None:
+    """Trains until config.train.num_steps, from the latest checkpoint in `workdir` where there is one.
+
+    Leaves `WORKDIR/<step>/{params,train_state,assets}`, `config.json` and `metrics.jsonl`.
+
+    Raises:
+      ValueError, OSError: bad config, data or workdir. FloatingPointError: the loss is not finite.
+    """
+    model = policies.model_config(config, why="training")
+    pipeline = pipeline_lib.Pipeline(config, model)
+    workdir = workdir.absolute()
+    _check_workdir(config, workdir, overwrite=overwrite)
+    mesh = sharding.mesh(config.train.fsdp_devices)
+    shapes = pi0.shapes(model)
+    optimizer = _optimizer(config, shapes)
+    ema = config.train.ema_decay > 0
+
+    def start(key):
+        return state_lib.init(pi0.init(model, key), optimizer, ema=ema)
+
+    key = jax.random.key(config.train.seed)
+    like = jax.eval_shape(start, key)
+    places = sharding.parameters(mesh, like)
+    _print_plan(config, model, pipeline, like, mesh, workdir)
+    loss_fn = policies.loss_fn(model)
+    if dry_run:
+        jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
+        print("dry run: nothing was computed, nothing was written")
+        return None
+    if overwrite and workdir.exists():
+        shutil.rmtree(workdir)
+    files.write_json(workdir / "config.json", _recorded(config))
+    saved = series.Series(
+        workdir, max_to_keep=config.train.max_to_keep, keep_period=config.train.keep_period or None
+    )
+    try:
+        if saved.latest is None:
+            state = jax.jit(start, out_shardings=places)(key)
+            state = _start_from(config, state, places, optimizer)
+        else:
+            state = saved.restore(like, places)
+            print(f"resumed from step {saved.latest} of {workdir}")
+        step_fn = jax.jit(
+            functools.partial(
+                state_lib.update,
+                loss_fn=loss_fn,
+                optimizer=optimizer,
+                ema_decay=config.train.ema_decay,
+            ),
+            donate_argnums=0,
+            out_shardings=(places, sharding.replicated(mesh)),
+        )
+        return _loop(config, workdir, pipeline, mesh, saved, state, step_fn)
+    finally:
+        saved.close()
+
+
+def _loop(config, workdir, pipeline, mesh, saved, state, step_fn) -> TrainState:
+    """The steps. Metrics are read one step late, so that the device never waits for the host."""
+    root_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)  # apart from the key of init
+    beside = series.Assets(
+        pipeline.asset_id,
+        pipeline.norm_stats,
+        {
+            "path": str(pipeline.dataset.path),
+            "fingerprint": pipeline.dataset.fingerprint(),
+            "episodes": [int(e) for e in pipeline.train_episodes],
+        },
+    )
+    first, last = int(state.step), config.train.num_steps
+    if first >= last:
+        print(f"step {first} is reached already; config.train.num_steps is {last}")
+        return state
+    writer = metrics.Writer(workdir, resume_step=first)
+    pending, since, place = None, time.monotonic(), sharding.batch(mesh)
+    for step in metrics.progress(range(first, last), "training", lines=0):
+        batch = jax.device_put(pipeline.batch(step, config.train.batch_size), place)
+        state, values = step_fn(state, batch, root_key)
+        if pending and (pending[0] % config.train.log_every == 0):
+            since = _log(writer, config, *pending, since)
+        pending = (step + 1, values)
+        if (step + 1) % config.train.save_every == 0 or step + 1 == last:
+            _check_finite(*pending)  # a diverged state is not worth keeping
+            saved.save(state, beside)
+    _log(writer, config, *pending, since)
+    writer.close()
+    saved.wait()
+    print(f"step {last} written to {workdir / str(last)}")
+    return state
+
+
+def _log(writer, config, step: int, values, since: float) -> float:
+    _check_finite(step, values)
+    now = time.monotonic()
+    done = (step - 1) % config.train.log_every + 1
+    writer.write(step, dict(values) | {"steps_per_second": done / max(now - since, 1e-9)})
+    return now
+
+
+def _check_finite(step: int, values) -> None:
+    if not math.isfinite(float(values["loss"])):
+        raise FloatingPointError(
+            f"the loss is {float(values['loss'])} at step {step}: lower config.train.learning_rate, or look for "
+            "outliers in the data; the last checkpoint is intact"
+        )
+
+
+def _optimizer(config: ml_collections.ConfigDict, shapes: Any):
+    t = config.train
+    schedule = optimizers.schedule(
+        learning_rate=t.learning_rate,
+        final_learning_rate=t.final_learning_rate,
+        warmup_steps=t.warmup_steps,
+        decay_steps=t.decay_steps,
+    )
+    optimizer = optimizers.adamw(schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
+    return optimizers.freeze(optimizer, shapes, tuple(t.freeze))
+
+
+def _start_from(config, state: TrainState, places: TrainState, optimizer) -> TrainState:
+    """Puts the checkpoint of config.train.init_from into a fresh state, and says what came from where."""
+    if not config.train.init_from:
+        print(f"all {len(jax.tree.leaves(state.params))} arrays are newly initialised")
+        return state
+    loaded = store.load_params(config.train.init_from)
+    filled = trees.fill(state.params, loaded, may_miss=tuple(config.train.init_missing))
+    print(
+        f"from {config.train.init_from}: {len(filled.loaded)} arrays loaded, {len(filled.fresh)} newly initialised"
+        f"{_some(filled.fresh)}, {len(filled.ignored)} ignored{_some(filled.ignored)}"
+    )
+    params = jax.device_put(filled.tree, places.params)
+    restart = functools.partial(state_lib.init, optimizer=optimizer, ema=state.ema_params is not None)
+    return jax.jit(restart, out_shardings=places)(params)
+
+
+def _some(paths: list[str]) -> str:
+    if not paths:
+        return ""
+    return f" ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
+
+
+def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    return {section: config[section].to_dict() for section in ("model", "data", "train")}
+
+
+def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool) -> None:
+    """An existing workdir is resumed if it is this run's, replaced if asked for, and else left alone."""
+    if not workdir.exists():
+        return files.check_output(workdir, overwrite=False)
+    recorded = workdir / "config.json"
+    if not recorded.is_file():
+        if any(workdir.iterdir()):
+            raise FileExistsError(f"--workdir {workdir} exists and is not a run of train.py; choose another")
+        return None
+    if overwrite:
+        return None
+    old, new = (trees.flatten(c) for c in (files.read_json(recorded), _recorded(config)))
+    changed = [
+        f"{path.replace('/', '.')}: {old.get(path)!r} then, {new.get(path)!r} now"
+        for path in sorted(old.keys() | new.keys())
+        if _plain(old.get(path)) != _plain(new.get(path)) and path.split("/")[-1] not in _FREE
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir} was begun with another config ({'; '.join(changed)}): choose another --workdir, or pass "
+            "--overwrite to start again"
+        )
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathlib.Path) -> None:
+    devices = jax.devices()
+    dataset, total = pipeline.dataset, trees.num_params(like.params)
+    frozen = optimizers.frozen_paths(like.params, tuple(config.train.freeze))
+    flat = trees.flatten(like.params)
+    still = sum(math.prod(flat[path].shape) for path in frozen)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in itertools.chain(*map(jax.tree.leaves, (
+        like.params, like.opt_state, like.ema_params or ()))))  # fmt: skip
+    print(
+        f"{len(devices)} × {devices[0].device_kind} as {dict(mesh.shape)}; {'π0.5' if model.pi05 else 'π0'} of "
+        f"{total:,} parameters ({still:,} frozen), computed in {model.dtype}; state {size / 1e6:,.1f} MB\n"
+        f"data {dataset.path}: {len(pipeline.train_episodes)} episodes to train on, "
+        f"{len(pipeline.held_out_episodes)} held out, {dataset.num_frames} frames in all; norm stats from "
+        f"{pipeline.norm_stats_from}\n"
+        f"{config.train.num_steps} steps of {config.train.batch_size}; checkpoints in {workdir}"
+    )

@@ -1,0 +1,71 @@
+"""The state of training, and one step of it: state in, (state, metrics) out."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from policymix.structs import LossFn, Metrics, Params, PyTree
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a resumed run needs besides its config.
+
+    Attributes:
+      step: int32 [], updates done so far.
+      params: what the optimizer moves.
+      opt_state: the optimizer's.
+      ema_params: exponential moving average of params; None without one.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: PyTree
+    ema_params: Params | None
+
+    @property
+    def policy_params(self) -> Params:
+        """What evaluation and mixing take: the average where there is one, as in OpenPI."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def init(params: Params, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """Step 0. The average starts at the parameters, so that it needs no debiasing."""
+    # A copy of its own: donating the state must not free one buffer twice.
+    ema_params = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema_params)
+
+
+def update(
+    state: TrainState,
+    batch: Any,
+    root_key: jax.Array,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on one batch.
+
+    The key is fold_in(root_key, step), so that a resumed run draws what the uninterrupted one would have.
+    ema ← ema_decay * ema + (1 - ema_decay) * params.
+
+    Returns:
+      The next state, and {"loss", "grad_norm" (before clipping), "param_norm", and the loss's own}.
+    """
+    key = jax.random.fold_in(root_key, state.step)
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
+    metrics = dict(metrics) | {
+        "loss": loss,
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state, ema_params), metrics
