@@ -251,7 +251,7 @@ class Filled(NamedTuple):
 
 
 def fill(initial: PyTree, loaded: PyTree, *, may_miss: Sequence[str] = ()) -> Filled:
-    """Replaces the leaves of `initial` by those of `loaded`, in the dtypes of `initial`.
+    """Replaces the leaves of `initial` by those of `loaded`, which keep their dtype.
 
     Args:
       may_miss: regexes of paths that may keep their initial value, such as ".*lora.*".
@@ -271,5 +271,5 @@ def fill(initial: PyTree, loaded: PyTree, *, may_miss: Sequence[str] = ()) -> Fi
         )
     common = {path: leaf for path, leaf in old.items() if path in new}
     check_same({path: new[path] for path in common}, common, names=("the model", "the checkpoint"))
-    tree = {p: common[p].astype(leaf.dtype) if p in common else leaf for p, leaf in new.items()}
+    tree = {path: common.get(path, leaf) for path, leaf in new.items()}
     return Filled(unflatten(tree), list(common), fresh, sorted(old.keys() - new.keys()))

@@ -1,8 +1,8 @@
 """Numbers computed by OpenPI and kai0 themselves, and the checkpoints they belong to.
 
-`testdata/openpi/{pi0,pi05}` holds a tiny base checkpoint as OpenPI wrote it. The three variants that the mixing
-oracles were computed on are the base plus Gaussian noise from a seeded generator; they are made again here, bit for
-bit, and checked against the SHA-256 of the originals. All that is missing here but its hash was not needed by a test.
+`testdata/openpi/{pi0,pi05}` holds a tiny base checkpoint as OpenPI wrote it. The three variants
+that the mixing oracles were computed on are the base plus Gaussian noise from a seeded generator;
+they are made again here, bit for bit, and checked against the SHA-256 of the originals.
 """
 
 import functools
@@ -10,6 +10,8 @@ import hashlib
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from policymix import trees
@@ -49,7 +51,8 @@ def params(model: str, which: str = "base") -> dict:
         scale, seed = _NOISE[which]
         rng = np.random.default_rng(seed)
         for path in sorted(flat):
-            # A float32 deviation depends on the order of its sum; where ours differs, the original is on record.
+            # A float32 deviation depends on the order of its sum; where ours differs, the original
+            # is on record.
             std = recipe["std"].get(path, float(flat[path].std()))
             noise = rng.standard_normal(flat[path].shape) * (scale * (std + 1e-3))
             flat[path] = (flat[path] + noise).astype(np.float32)
@@ -59,8 +62,10 @@ def params(model: str, which: str = "base") -> dict:
     return trees.unflatten(flat)
 
 
-def write(model: str, which: str, root: pathlib.Path, *, norm_stats_of: str | None = None) -> pathlib.Path:
-    """Writes a variant's step directory under `root`, with its own norm stats or another variant's."""
+def write(
+    model: str, which: str, root: pathlib.Path, *, norm_stats_of: str | None = None
+) -> pathlib.Path:
+    """Writes a variant's step directory under `root`, with its own or another's norm stats."""
     path = root / f"{model}_{which}" / "2000"
     asset_id, stats = assets.norm_stats_of(step(model, norm_stats_of or which))
     store.save_params(params(model, which), path, stats, asset_id)
@@ -68,15 +73,32 @@ def write(model: str, which: str, root: pathlib.Path, *, norm_stats_of: str | No
 
 
 def step(model: str, which: str) -> pathlib.Path:
-    """The step directory in testdata: whole for the bases and pi0's var1 and var2, else only its norm stats."""
+    """The step directory in testdata: whole for the bases and pi0's var1 and var2.
+
+    The others hold norm stats only.
+    """
     return OPENPI / model / which / ("1000" if which == "base" else "2000")
 
 
 @functools.cache
 def forward(model: str, which: str = "base") -> dict[str, np.ndarray]:
-    """OpenPI's float32 inputs ("in/…") and outputs ("out/…"); for a variant only loss, v_t, sample_actions."""
+    """OpenPI's float32 inputs ("in/…") and outputs ("out/…").
+
+    Variants have only loss, v_t and sample_actions.
+    """
     name = "oracle_float32" if which == "base" else f"oracle_float32_{which}"
     return dict(np.load(OPENPI / model / f"{name}.npz"))
+
+
+@functools.cache
+def loss_fn(model: str):
+    """(params, batch, key) → (loss, metrics); one object per model, so that it compiles once."""
+    return functools.partial(pi0.loss, config(model))
+
+
+def keys(count: int) -> jax.Array:
+    """kai0 evaluates every batch with this one key."""
+    return jax.vmap(jax.random.key)(jnp.zeros(count, int))
 
 
 def observation(model: str) -> Observation:

@@ -107,7 +107,11 @@ def _meaning(relative: np.ndarray, cosine: np.ndarray | None) -> str:
 
 def peak_memory_bytes() -> int:
     """The largest resident size this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had before it started us
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def describe(checkpoint: str) -> dict[str, str]:

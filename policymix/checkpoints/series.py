@@ -55,6 +55,11 @@ class _RestoreAssets(ocp.args.CheckpointArgs):
     """Orbax wants both registered before it accepts either."""
 
 
+def has_steps(workdir: pathlib.Path) -> bool:
+    """Whether a run left a whole checkpoint here."""
+    return any(p.name.isdigit() and (p / "train_state").is_dir() for p in workdir.glob("[0-9]*"))
+
+
 class Series:
     """Saves and restores train states of one run. Steps appear whole or not at all.
 

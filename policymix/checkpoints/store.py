@@ -6,9 +6,10 @@ every path in a component `value`. Inside the library a tree is a nested dict wi
 """
 
 import dataclasses
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,12 +35,26 @@ class Leaf:
     item: pathlib.Path
     _array: tensorstore.TensorStore
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes when read."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> np.ndarray:
         """The content. ValueError names the key and the directory if the file is damaged."""
-        try:
-            return self._array.read().result()
-        except ValueError as error:
-            raise _damaged(self.item, self.path, error) from error
+        return self.start()()
+
+    def start(self) -> Callable[[], np.ndarray]:
+        """Begins to read in the background; the function returned waits for the content."""
+        future = self._array.read()
+
+        def wait():
+            try:
+                return future.result()
+            except ValueError as error:
+                raise _damaged(self.item, self.path, error) from error
+
+        return wait
 
 
 def find_params(path: str | os.PathLike) -> pathlib.Path:

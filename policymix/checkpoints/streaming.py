@@ -5,7 +5,7 @@ inputs lie apart.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import numpy as np
 from policymix import trees
 from policymix.checkpoints.store import Leaf
 
-_BLOCK = 2**20  # elements: small enough for the cache, large enough that Python does not matter
+_BLOCK = 2**16  # elements: small enough for the cache, large enough that Python does not matter
+_AHEAD = 2**28  # bytes: leaves up to this size, over all inputs, are read one step ahead
 
 
 class Mixed(NamedTuple):
@@ -57,10 +58,9 @@ def combine(
     by_path = trees.coefficients_by_path(coefficients, list(flats[0]), len(flats))
     n, params = len(flats), {}
     gram, square_norm = np.zeros((n, n)), 0.0
-    for path in progress(list(by_path)):
+    for path, arrays in _read_ahead(flats, progress(list(by_path))):
         leaves = [flat[path] for flat in flats]
         out_dtype = dtype[path] if isinstance(dtype, Mapping) else dtype or widest(leaves)
-        arrays = [leaf.read() for leaf in leaves]
         params[path], leaf_gram, leaf_norm = _combine_arrays(
             arrays, np.float32(by_path[path]), out_dtype
         )
@@ -69,6 +69,23 @@ def combine(
         gram += leaf_gram
         square_norm += leaf_norm
     return Mixed(trees.unflatten(params), gram, square_norm)
+
+
+def _read_ahead(flats: Sequence[Mapping[str, Leaf]], paths: Iterable[str]) -> Iterator[tuple]:
+    """(path, one array per input), reading the inputs at once and small leaves one step ahead."""
+    previous = None
+    for path in paths:
+        leaves = [flat[path] for flat in flats]
+        small = sum(leaf.nbytes for leaf in leaves) <= _AHEAD
+        if previous and not small:  # what was read ahead is let go before the big one is read
+            yield previous[0], [read() for read in previous[1]]
+            previous = None
+        started = path, [leaf.start() for leaf in leaves]
+        if previous:
+            yield previous[0], [read() for read in previous[1]]
+        previous = started
+    if previous:
+        yield previous[0], [read() for read in previous[1]]
 
 
 def widest(leaves: Sequence[Leaf]) -> np.dtype:
@@ -81,15 +98,21 @@ def _combine_arrays(arrays: Sequence[np.ndarray], coefficients: np.ndarray, dtyp
     out = np.empty(arrays[0].shape, dtype)
     flat_out, flats = out.reshape(-1), [array.reshape(-1) for array in arrays]
     gram, square_norm = np.zeros((len(arrays),) * 2), 0.0
+    # Scratch that stays in the cache: without it most of the time goes to memory that is used once.
+    total, product = np.empty((2, _BLOCK), np.float32)
+    apart = np.zeros((len(arrays), _BLOCK), np.float32)
     for block in _blocks(out.size):
-        rows = [flat[block].astype(np.float32, copy=False) for flat in flats]
-        total = coefficients[0] * rows[0]
-        for c, row in zip(coefficients[1:], rows[1:], strict=True):
-            total += c * row
-        flat_out[block] = total.astype(dtype, copy=False)
-        square_norm += float(np.vdot(rows[0], rows[0]))
-        apart = np.stack([row - rows[0] for row in rows])
-        gram += apart @ apart.T
+        size = block.stop - block.start
+        first = flats[0][block].astype(np.float32, copy=False)
+        np.multiply(first, coefficients[0], out=total[:size])
+        for k in range(1, len(flats)):
+            row = flats[k][block].astype(np.float32, copy=False)
+            np.multiply(row, coefficients[k], out=product[:size])
+            np.add(total[:size], product[:size], out=total[:size])
+            np.subtract(row, first, out=apart[k, :size])
+        flat_out[block] = total[:size]
+        square_norm += float(np.vdot(first, first))
+        gram += apart[:, :size] @ apart[:, :size].T
     return out, gram, square_norm
 
 

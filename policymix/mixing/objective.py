@@ -54,7 +54,7 @@ def in_memory(
         raise ValueError("an objective needs at least one validation batch")
     for index, tree in enumerate(params[1:], 1):
         trees.check_same(params[0], tree, names=("checkpoint 0", f"checkpoint {index}"))
-    keys = (
+    keys = list(
         key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batches)))
     )
     if len(keys) != len(batches):
@@ -64,9 +64,13 @@ def in_memory(
         """The mean of function(θ(c), batch, key) over the chosen batches; the mix is made once."""
         mixed = _combine(*_ordered(c), params)
         chosen = range(len(batches)) if batch is None else [batch]
-        total = function(loss_fn, mixed, batches[chosen[0]], keys[chosen[0]])
+
+        def evaluate(i):  # a clone: that the key is used again is meant
+            return function(loss_fn, mixed, batches[i], jax.random.clone(keys[i]))
+
+        total = evaluate(chosen[0])
         for i in chosen[1:]:
-            total = jax.tree.map(jnp.add, total, function(loss_fn, mixed, batches[i], keys[i]))
+            total = jax.tree.map(jnp.add, total, evaluate(i))
         return jax.tree.map(lambda x: x / len(chosen), total)
 
     def value_and_grad(c, batch=None):

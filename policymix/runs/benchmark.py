@@ -3,7 +3,6 @@
 import functools
 import multiprocessing
 import pathlib
-import resource
 import statistics
 import tempfile
 import time
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from policymix import reports, trees
-from policymix.checkpoints import store, streaming
+from policymix.checkpoints import provenance, store, streaming
 from policymix.mixing import objective as objective_lib
 from policymix.models import flow, pi0
 from policymix.structs import Batch
@@ -94,7 +93,7 @@ def _child(sender, function, args) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     function(*args)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    sender.send((wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    sender.send((wall, cpu, provenance.peak_memory_bytes()))
 
 
 def _average_streamed(paths: list[str]) -> None:

@@ -6,6 +6,7 @@ import math
 import pathlib
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,11 +26,17 @@ _FREE = ("num_steps", "log_every", "save_every", "keep_period", "max_to_keep", "
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool = False, dry_run: bool = False
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> TrainState | None:
     """Trains until config.train.num_steps, from the latest checkpoint in `workdir` where there is one.
 
-    Leaves `WORKDIR/<step>/{params,train_state,assets}`, `config.json` and `metrics.jsonl`.
+    Leaves `WORKDIR/<step>/{params,train_state,assets}`, `config.json` and `metrics.jsonl`. `devices` are all there are
+    unless given.
 
     Raises:
       ValueError, OSError: bad config, data or workdir. FloatingPointError: the loss is not finite.
@@ -38,19 +45,21 @@ def train(
     pipeline = pipeline_lib.Pipeline(config, model)
     workdir = workdir.absolute()
     _check_workdir(config, workdir, overwrite=overwrite)
-    mesh = sharding.mesh(config.train.fsdp_devices)
+    mesh = sharding.mesh(config.train.fsdp_devices, devices)
+    if config.train.batch_size % mesh.size:
+        raise ValueError(
+            f"config.train.batch_size is {config.train.batch_size}, which the {mesh.size} devices cannot share equally"
+        )
     shapes = pi0.shapes(model)
     optimizer = _optimizer(config, shapes)
-    ema = config.train.ema_decay > 0
-
-    def start(key):
-        return state_lib.init(pi0.init(model, key), optimizer, ema=ema)
-
+    start = functools.partial(state_lib.init, optimizer=optimizer, ema=config.train.ema_decay > 0)
     key = jax.random.key(config.train.seed)
-    like = jax.eval_shape(start, key)
+    like = jax.eval_shape(start, shapes)
     places = sharding.parameters(mesh, like)
     _print_plan(config, model, pipeline, like, mesh, workdir)
     loss_fn = policies.loss_fn(model)
+    resuming = not overwrite and series.has_steps(workdir)
+    filled = None if resuming else _fill(config, like)
     if dry_run:
         jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
         print("dry run: nothing was computed, nothing was written")
@@ -62,12 +71,12 @@ def train(
         workdir, max_to_keep=config.train.max_to_keep, keep_period=config.train.keep_period or None
     )
     try:
-        if saved.latest is None:
-            state = jax.jit(start, out_shardings=places)(key)
-            state = _start_from(config, state, places, optimizer)
-        else:
+        if resuming:
             state = saved.restore(like, places)
             print(f"resumed from step {saved.latest} of {workdir}")
+        else:
+            params = _initial_params(filled, model, like, places, key)
+            state = jax.jit(start, out_shardings=places)(params)
         step_fn = jax.jit(
             functools.partial(
                 state_lib.update,
@@ -145,20 +154,33 @@ def _optimizer(config: ml_collections.ConfigDict, shapes: Any):
     return optimizers.freeze(optimizer, shapes, tuple(t.freeze))
 
 
-def _start_from(config, state: TrainState, places: TrainState, optimizer) -> TrainState:
-    """Puts the checkpoint of config.train.init_from into a fresh state, and says what came from where."""
+def _initial_params(filled: trees.Filled | None, model, like: TrainState, places: TrainState, key):
+    """Parameters on their devices: loaded ones leaf by leaf, in the model's dtypes, the others fresh."""
+    init = jax.jit(functools.partial(pi0.init, model), out_shardings=places.params)
+    if filled is None:
+        return init(key)
+    fresh = trees.flatten(init(key)) if filled.fresh else {}
+
+    def put(path, leaf, shape, place):
+        if path in fresh and path in filled.fresh:
+            return fresh[path]
+        return jax.device_put(leaf.read().astype(shape.dtype), place)
+
+    return trees.map_with_path(put, filled.tree, like.params, places.params)
+
+
+def _fill(config: ml_collections.ConfigDict, like: TrainState) -> trees.Filled | None:
+    """The headers of config.train.init_from in the model's tree; says what comes from where."""
     if not config.train.init_from:
-        print(f"all {len(jax.tree.leaves(state.params))} arrays are newly initialised")
-        return state
-    loaded = store.load_params(config.train.init_from)
-    filled = trees.fill(state.params, loaded, may_miss=tuple(config.train.init_missing))
+        print(f"all {len(jax.tree.leaves(like.params))} arrays are newly initialised")
+        return None
+    header = store.open_params(config.train.init_from)
+    filled = trees.fill(like.params, header, may_miss=tuple(config.train.init_missing))
     print(
         f"from {config.train.init_from}: {len(filled.loaded)} arrays loaded, {len(filled.fresh)} newly initialised"
         f"{_some(filled.fresh)}, {len(filled.ignored)} ignored{_some(filled.ignored)}"
     )
-    params = jax.device_put(filled.tree, places.params)
-    restart = functools.partial(state_lib.init, optimizer=optimizer, ema=state.ema_params is not None)
-    return jax.jit(restart, out_shardings=places)(params)
+    return filled
 
 
 def _some(paths: list[str]) -> str:
@@ -201,7 +223,7 @@ def _plain(value: Any) -> Any:
 
 
 def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathlib.Path) -> None:
-    devices = jax.devices()
+    devices = mesh.devices.flat
     dataset, total = pipeline.dataset, trees.num_params(like.params)
     frozen = optimizers.frozen_paths(like.params, tuple(config.train.freeze))
     flat = trees.flatten(like.params)
@@ -209,7 +231,7 @@ def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathli
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in itertools.chain(*map(jax.tree.leaves, (
         like.params, like.opt_state, like.ema_params or ()))))  # fmt: skip
     print(
-        f"{len(devices)} × {devices[0].device_kind} as {dict(mesh.shape)}; {'π0.5' if model.pi05 else 'π0'} of "
+        f"{mesh.size} × {devices[0].device_kind} as {dict(mesh.shape)}; {'π0.5' if model.pi05 else 'π0'} of "
         f"{total:,} parameters ({still:,} frozen), computed in {model.dtype}; state {size / 1e6:,.1f} MB\n"
         f"data {dataset.path}: {len(pipeline.train_episodes)} episodes to train on, "
         f"{len(pipeline.held_out_episodes)} held out, {dataset.num_frames} frames in all; norm stats from "

@@ -65,7 +65,7 @@ def update(
         ema_params = optax.incremental_update(params, ema_params, 1.0 - ema_decay)
     metrics = dict(metrics) | {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
