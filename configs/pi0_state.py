@@ -15,7 +15,14 @@ import ml_collections
 from configs import common
 
 _PUSHT = pathlib.Path(__file__).resolve().parents[1] / "tests/testdata/lerobot/pusht_v30_video"
-_EXPERT = {"width": 128, "depth": 4, "mlp_dim": 256, "num_heads": 4, "num_kv_heads": 1, "head_dim": 32}
+_EXPERT = {
+    "width": 128,
+    "depth": 4,
+    "mlp_dim": 256,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+}
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -34,7 +41,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "dtype": "float32",
         }
     )
-    config.train.update({"batch_size": 64, "num_steps": 2000, "warmup_steps": 100, "decay_steps": 2000})
+    config.train.update(
+        {"batch_size": 64, "num_steps": 2000, "warmup_steps": 100, "decay_steps": 2000}
+    )
     config.train.update({"learning_rate": 1e-3, "final_learning_rate": 1e-4, "save_every": 500})
     if common.parse_arg(arg):
         config.data.path = str(_PUSHT)

@@ -1,6 +1,6 @@
 """Measures ours against the straightforward program, interleaved: `make bench`.
 
-  python experiments/benchmark.py --rows="sampling, 10 steps, 0.5 M parameters"
+python experiments/benchmark.py --rows="sampling, 10 steps, 0.5 M parameters"
 """
 
 from absl import flags

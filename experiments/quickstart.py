@@ -48,7 +48,9 @@ def main() -> None:
             done[method] = files.read_json(directory / "mix.json")
     if done:
         print(f"\n{reports.methods_table(done)}")
-        print(f"mixes and pictures (mix.png) in {output}; {time.monotonic() - started:.1f} s in all")
+        print(
+            f"mixes and pictures (mix.png) in {output}; {time.monotonic() - started:.1f} s in all"
+        )
 
 
 if __name__ == "__main__":

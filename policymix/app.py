@@ -79,7 +79,11 @@ def _one_line(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    text = text.replace("\\n", " ").replace("\\'", "'")  # ml_collections passes on the repr of a message
+    text = text.replace("\\n", " ").replace(
+        "\\'", "'"
+    )  # ml_collections passes on the repr of a message
+    if "Traceback (most recent call last)" in text:  # a config file failed: its last line says why
+        text = text.strip().splitlines()[-1].partition("Error: ")[2] or text
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -205,12 +205,25 @@ def methods_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     first = reports["average"] if "average" in reports else next(iter(reports.values()))
     names = labels([entry["path"] for entry in first["inputs"]])
     losses = [entry["loss"] for entry in first["inputs"]]
-    rows = [[name, "", *map(_number, loss.values()), ""] for name, loss in zip(names, losses, strict=True)]
+    rows = [
+        [name, "", *map(_number, loss.values()), ""]
+        for name, loss in zip(names, losses, strict=True)
+    ]
     for method, report in reports.items():
-        coefficients = dict(zip((e["path"] for e in report["inputs"]), report["coefficients"], strict=True))
+        coefficients = dict(
+            zip((e["path"] for e in report["inputs"]), report["coefficients"], strict=True)
+        )
         shown = " ".join(_number(coefficients[entry["path"]], ".3f") for entry in first["inputs"])
-        rows.append([method, shown, *map(_number, report["loss"].values()), f"{report['seconds']:.1f}"])
-    header = ["", f"coefficients ({', '.join(names)})", "selection loss", "held-out loss", "seconds"]
+        rows.append(
+            [method, shown, *map(_number, report["loss"].values()), f"{report['seconds']:.1f}"]
+        )
+    header = [
+        "",
+        f"coefficients ({', '.join(names)})",
+        "selection loss",
+        "held-out loss",
+        "seconds",
+    ]
     best = min(reports, key=lambda method: reports[method]["loss"]["selection"])
     chosen = [*losses, reports[best]["loss"]]
     return "\n".join([

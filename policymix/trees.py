@@ -220,18 +220,30 @@ def difference(a: PyTree, b: PyTree, names: tuple[str, str] = ("a", "b")) -> str
     Only `.shape` of the leaves is looked at: arrays and `jax.ShapeDtypeStruct` serve alike.
     """
     flats = flatten(a), flatten(b)
-    lines = []
-    for (mine, other), name in zip(((0, 1), (1, 0)), names, strict=True):
+    clauses = []
+    for mine, other, name in ((0, 1, names[0]), (1, 0, names[1])):
         only = sorted(flats[mine].keys() - flats[other].keys())
-        lines += [f"only in {name}: {path} {tuple(flats[mine][path].shape)}" for path in only]
-    for path in sorted(flats[0].keys() & flats[1].keys()):
-        shapes = tuple(flats[0][path].shape), tuple(flats[1][path].shape)
-        if shapes[0] != shapes[1]:
-            lines.append(f"{path}: {shapes[0]} in {names[0]}, {shapes[1]} in {names[1]}")
-    return (
-        "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
-        if lines
-        else None
+        if only:
+            clauses.append(
+                f"only in {name}: " + _few([f"{p} {_shape(flats[mine][p])}" for p in only])
+            )
+    unequal = [
+        f"{path}: {_shape(flats[0][path])} in {names[0]}, {_shape(flats[1][path])} in {names[1]}"
+        for path in sorted(flats[0].keys() & flats[1].keys())
+        if _shape(flats[0][path]) != _shape(flats[1][path])
+    ]
+    if unequal:
+        clauses.append(_few(unequal))
+    return "; ".join(clauses) or None
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape)
+
+
+def _few(words: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(words[:limit]) + (
+        f" and {len(words) - limit} more" if len(words) > limit else ""
     )
 
 
@@ -263,9 +275,8 @@ def fill(initial: PyTree, loaded: PyTree, *, may_miss: Sequence[str] = ()) -> Fi
     fresh = [path for path in new if path not in old]
     refused = [p for p in fresh if not any(re.fullmatch(pattern, p) for pattern in may_miss)]
     if refused:
-        more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
         raise ValueError(
-            f"the checkpoint lacks {', '.join(refused[:4])}{more}, which the model needs: check "
+            f"the checkpoint lacks {_few(refused)}, which the model needs: check "
             "config.model, "
             "or name in config.train.init_missing what may keep its fresh values"
         )

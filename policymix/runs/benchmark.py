@@ -56,7 +56,9 @@ def run(rows: Sequence[str]) -> str:
 def _interleaved(*sides: Callable[[], Measurement]) -> tuple[Measurement, ...]:
     runs = [[side() for side in sides] for _ in range(_REPEATS)]
     return tuple(
-        Measurement(*(None if v[0] is None else statistics.median(v) for v in zip(*side, strict=True)))
+        Measurement(
+            *(None if v[0] is None else statistics.median(v) for v in zip(*side, strict=True))
+        )
         for side in zip(*runs, strict=True)
     )
 
@@ -105,7 +107,9 @@ def _average_stacked(paths: list[str]) -> None:
     """All checkpoints in memory, each leaf stacked in float64: the way of kai0's program."""
     loaded = [trees.flatten(store.load_params(path)) for path in paths]
     for leaf in loaded[0]:
-        np.average(np.stack([flat[leaf] for flat in loaded], dtype=np.float64), axis=0).astype(np.float32)
+        np.average(np.stack([flat[leaf] for flat in loaded], dtype=np.float64), axis=0).astype(
+            np.float32
+        )
 
 
 def _row_average() -> tuple[Measurement, ...]:
@@ -113,7 +117,9 @@ def _row_average() -> tuple[Measurement, ...]:
         paths = []
         for k in range(3):
             rng = np.random.default_rng(k)
-            leaves = {f"leaf_{i}": rng.standard_normal(_ELEMENTS, np.float32) for i in range(_LEAVES)}
+            leaves = {
+                f"leaf_{i}": rng.standard_normal(_ELEMENTS, np.float32) for i in range(_LEAVES)
+            }
             paths.append(str(pathlib.Path(folder) / str(k)))
             store.save_params(leaves, paths[-1])
         return _interleaved(_apart(_average_streamed, paths), _apart(_average_stacked, paths))
@@ -121,7 +127,15 @@ def _row_average() -> tuple[Measurement, ...]:
 
 def _debug_policy():
     config = pi0.Pi0Config(
-        "dummy", "dummy", "mu/28", 2, 512, action_dim=8, action_horizon=6, max_token_len=16, dtype="float32"
+        "dummy",
+        "dummy",
+        "mu/28",
+        2,
+        512,
+        action_dim=8,
+        action_horizon=6,
+        max_token_len=16,
+        dtype="float32",
     )
     params = [pi0.init(config, jax.random.key(k)) for k in range(3)]
     observation = pi0.example_observation(config, 2)

@@ -180,7 +180,8 @@ def _open(config: ml_collections.ConfigDict, request: Request, method: str) -> I
     for name, header in zip(names[1:], headers[1:], strict=True):
         if differs := trees.difference(headers[0], header, names=(names[0], name)):
             raise ValueError(
-                f"{names[0]} and {name} are not the same architecture{_likely_cause(differs)}: "
+                f"{names[0]} and {name} are not the same "
+                f"architecture{_likely_cause(headers[0], header)}: "
                 f"{differs}"
             )
     asset_id = config.data.asset_id or None
@@ -189,12 +190,21 @@ def _open(config: ml_collections.ConfigDict, request: Request, method: str) -> I
     )
 
 
-def _likely_cause(differs: str) -> str:
-    if "lora" in differs:
+def _likely_cause(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """What most often lies behind two trees that differ, in brackets; nothing where it is not one
+    of these.
+    """
+    flats = trees.flatten(a), trees.flatten(b)
+    apart = flats[0].keys() ^ flats[1].keys()
+    if any("lora" in path for path in apart):
         return " (one has LoRA parameters: merge them into it first)"
-    if "state_proj" in differs or "time_mlp_in" in differs.replace("action_time_mlp_in", ""):
+    if {"state_proj/kernel", "time_mlp_in/kernel"} <= apart:
         return " (one is a π0, the other a π0.5)"
-    if "action_in_proj" in differs or "action_out_proj" in differs:
+    projection = "action_in_proj/kernel"
+    if (
+        all(projection in flat for flat in flats)
+        and flats[0][projection].shape != flats[1][projection].shape
+    ):
         return " (their action_dim differs)"
     return ""
 

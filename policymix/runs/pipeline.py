@@ -26,7 +26,9 @@ class Pipeline:
     def __init__(self, config: ml_collections.ConfigDict, model: pi0.Pi0Config):
         data = config.data
         if not data.path:
-            raise ValueError("config.data.path is empty: pass --config.data.path=DIRECTORY of a LeRobot dataset")
+            raise ValueError(
+                "config.data.path is empty: pass --config.data.path=DIRECTORY of a LeRobot dataset"
+            )
         if model.image_keys:
             raise ValueError(
                 f"config.model.image_keys names the cameras {list(model.image_keys)}, and only the numeric columns of "
@@ -44,7 +46,9 @@ class Pipeline:
             "default_prompt": data.default_prompt or None,
         }
         self._train = self._chunks(self.train_episodes)
-        self._tokenizer = tokenizer.ByteTokenizer(model.max_token_len) if model.max_token_len else None
+        self._tokenizer = (
+            tokenizer.ByteTokenizer(model.max_token_len) if model.max_token_len else None
+        )
         if self._tokenizer and model.vocab_size < self._tokenizer.vocab_size:
             raise ValueError(
                 f"config.model.vocab_size is {model.vocab_size}; byte prompts need {self._tokenizer.vocab_size}"
@@ -68,7 +72,9 @@ class Pipeline:
             if named:
                 raise ValueError(f"config.data.norm_stats: {named} has no norm stats beside it")
         arrays = self._train.statistics_arrays()
-        return {key: normalize.compute(values) for key, values in arrays.items()}, "the training episodes"
+        return {
+            key: normalize.compute(values) for key, values in arrays.items()
+        }, "the training episodes"
 
     def _check_dimensions(self) -> None:
         for key, array in self._train.get(np.arange(1)).items():
@@ -98,7 +104,9 @@ class Pipeline:
         alone serves selection only.
         """
         if not self.held_out_episodes:
-            raise ValueError("config.data.held_out is 0, so no episodes are held out to validate on")
+            raise ValueError(
+                "config.data.held_out is 0, so no episodes are held out to validate on"
+            )
         reported = 0
         if held_out > 0 and len(self.held_out_episodes) > 1:
             reported = min(max(1, round(held_out * num_batches)), num_batches - 1)
@@ -122,13 +130,17 @@ class Pipeline:
     def encode(self, raw: dict[str, Any]) -> Batch:
         """Raw chunks as `ActionChunks.get` gives them → normalised, tokenised, padded."""
         state, actions = (
-            normalize.normalize(raw[key], self.norm_stats[key], use_quantiles=self._quantiles).astype(np.float32)
+            normalize.normalize(
+                raw[key], self.norm_stats[key], use_quantiles=self._quantiles
+            ).astype(np.float32)
             for key in ("state", "actions")
         )
         tokens = mask = None
         if self._tokenizer:
             if self.model.discrete_state_input:
-                texts = [prompts.pi05(text, row) for text, row in zip(raw["prompt"], state, strict=True)]
+                texts = [
+                    prompts.pi05(text, row) for text, row in zip(raw["prompt"], state, strict=True)
+                ]
             else:
                 texts = [prompts.pi0(text) for text in raw["prompt"]]
             tokens, mask = self._tokenizer.encode(texts)

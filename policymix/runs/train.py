@@ -94,7 +94,9 @@ def train(
 
 def _loop(config, workdir, pipeline, mesh, saved, state, step_fn) -> TrainState:
     """The steps. Metrics are read one step late, so that the device never waits for the host."""
-    root_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)  # apart from the key of init
+    root_key = jax.random.fold_in(
+        jax.random.key(config.train.seed), 1
+    )  # apart from the key of init
     beside = series.Assets(
         pipeline.asset_id,
         pipeline.norm_stats,
@@ -193,14 +195,18 @@ def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {section: config[section].to_dict() for section in ("model", "data", "train")}
 
 
-def _check_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool) -> None:
+def _check_workdir(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
+) -> None:
     """An existing workdir is resumed if it is this run's, replaced if asked for, and else left alone."""
     if not workdir.exists():
         return files.check_output(workdir, overwrite=False)
     recorded = workdir / "config.json"
     if not recorded.is_file():
         if any(workdir.iterdir()):
-            raise FileExistsError(f"--workdir {workdir} exists and is not a run of train.py; choose another")
+            raise FileExistsError(
+                f"--workdir {workdir} exists and is not a run of train.py; choose another"
+            )
         return None
     if overwrite:
         return None

@@ -61,7 +61,7 @@ def test_inverse_loss_refuses_what_is_no_loss(values):
 def test_normalised_coefficients_sum_to_one_in_the_same_proportions(values):
     c = rules.normalize(values)
     np.testing.assert_allclose(c.sum(), 1, atol=1e-9 * np.abs(c).sum())
-    np.testing.assert_allclose(c * sum(values), values, rtol=1e-9)
+    np.testing.assert_allclose(c * np.sum(values), values, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, -1.0], [0.1, 0.2, -0.3]])

@@ -59,7 +59,9 @@ def test_two_steps_and_two_more_equal_four(straight, tmp_path, capsys):
     assert "resumed from step 2" in capsys.readouterr().out
     assert_identical(store.load_params(workdir / "4"), store.load_params(straight / "4"))
     assert_identical(train_state(workdir / "4"), train_state(straight / "4"))
-    losses = [[row["loss"] for row in metrics.read(w / "metrics.jsonl")] for w in (workdir, straight)]
+    losses = [
+        [row["loss"] for row in metrics.read(w / "metrics.jsonl")] for w in (workdir, straight)
+    ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
 
@@ -94,10 +96,14 @@ def test_records_episodes_and_norm_stats_beside_the_checkpoint(straight):
 
 
 def test_init_from_loads_and_says_so(straight, tmp_path, capsys):
-    config = debug_config(num_steps=1, learning_rate=0.0, final_learning_rate=0.0, init_from=str(straight / "4"))
+    config = debug_config(
+        num_steps=1, learning_rate=0.0, final_learning_rate=0.0, init_from=str(straight / "4")
+    )
     state = run(config, tmp_path / "run")
     assert "27 arrays loaded, 0 newly initialised, 0 ignored" in capsys.readouterr().out
-    assert_identical(state.params, store.load_params(straight / "4"))  # nothing moves at learning rate 0
+    assert_identical(
+        state.params, store.load_params(straight / "4")
+    )  # nothing moves at learning rate 0
 
 
 def test_init_from_of_another_shape_names_the_key(straight, tmp_path):
@@ -111,7 +117,10 @@ def test_eight_devices_train_as_one_does(tmp_path):
     config = debug_config(num_steps=2, batch_size=8)
     run(config, tmp_path / "one")
     train.train(config, tmp_path / "eight")
-    one, eight = ([row["loss"] for row in metrics.read(tmp_path / n / "metrics.jsonl")] for n in ("one", "eight"))
+    one, eight = (
+        [row["loss"] for row in metrics.read(tmp_path / n / "metrics.jsonl")]
+        for n in ("one", "eight")
+    )
     np.testing.assert_allclose(one, eight, rtol=1e-5)
 
 
@@ -121,7 +130,9 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
 
 
 def test_frozen_parameters_stay(straight, tmp_path):
-    config = debug_config(num_steps=2, freeze=("PaliGemma/.*",), init_from=str(straight / "4"), ema_decay=0.0)
+    config = debug_config(
+        num_steps=2, freeze=("PaliGemma/.*",), init_from=str(straight / "4"), ema_decay=0.0
+    )
     after = trees.flatten(run(config, tmp_path / "run").params)
     before = trees.flatten(store.load_params(straight / "4"))
     moved = {path for path in after if (np.asarray(after[path]) != before[path]).any()}
@@ -130,7 +141,9 @@ def test_frozen_parameters_stay(straight, tmp_path):
 
 
 def test_the_loss_falls(tmp_path):
-    config = debug_config(num_steps=30, warmup_steps=3, decay_steps=30, save_every=30, learning_rate=1e-3)
+    config = debug_config(
+        num_steps=30, warmup_steps=3, decay_steps=30, save_every=30, learning_rate=1e-3
+    )
     run(config, tmp_path / "run")
     losses = [row["loss"] for row in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -211,7 +224,13 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 @pytest.mark.slow
 def test_kill_9_and_resume_equals_an_uninterrupted_run(tmp_path):
     def command(workdir):
-        settings = ("num_steps=60", "save_every=10", "log_every=10", "decay_steps=60", "keep_period=60")
+        settings = (
+            "num_steps=60",
+            "save_every=10",
+            "log_every=10",
+            "decay_steps=60",
+            "keep_period=60",
+        )
         return [
             sys.executable,
             str(ROOT / "experiments/train.py"),
@@ -223,7 +242,9 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(tmp_path):
     subprocess.run(command(tmp_path / "straight"), check=True, timeout=300)
     for after in (10, 40):
         process = subprocess.Popen(command(tmp_path / "killed"))
-        while not any(int(p.name) >= after for p in (tmp_path / "killed").glob("[0-9]*") if p.name.isdigit()):
+        while not any(
+            int(p.name) >= after for p in (tmp_path / "killed").glob("[0-9]*") if p.name.isdigit()
+        ):
             time.sleep(0.01)
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)

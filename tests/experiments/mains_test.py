@@ -1,0 +1,181 @@
+"""Every main, as a user types it: at :debug, with wrong words, and without touching anything."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import oracle
+
+ROOT = pathlib.Path(__file__).parents[2]
+MAINS = sorted(p.name for p in (ROOT / "experiments").glob("*.py"))
+STATE = f"--config={ROOT / 'configs/pi0_state.py'}:debug"
+SMALL = ("--config.train.batch_size=8",)  # the tests pretend to have eight devices
+
+
+def run(main: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "experiments" / main), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def succeeds(main: str, *arguments: str) -> str:
+    result = run(main, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def fails(main: str, *arguments: str) -> str:
+    """One line on stderr, a non-zero exit."""
+    result = run(main, *arguments)
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_the_workflow_from_data_to_a_mix(tmp_path):
+    for seed in (1, 2):
+        arguments = (
+            STATE,
+            *SMALL,
+            f"--workdir={tmp_path / str(seed)}",
+            f"--config.train.seed={seed}",
+        )
+        out = succeeds("train.py", *arguments)
+        assert "27 arrays are newly initialised" in out
+        assert "step 4  " in out
+    checkpoints = f"--checkpoints={tmp_path / '1' / '4'},{tmp_path / '2' / '4'}"
+    succeeds("dump_validation.py", STATE, f"--output={tmp_path / 'val.npz'}", "--num_batches=3")
+    out = succeeds("mix.py", STATE, checkpoints, f"--validation={tmp_path / 'val.npz'}", "--method=greedy",
+                   f"--output={tmp_path / 'mix'}", "--config.mix.held_out=0.3")  # fmt: skip
+    assert "selection loss" in out
+    assert "WARNING" not in out  # training held out what validation uses
+    out = succeeds(
+        "train.py",
+        STATE,
+        *SMALL,
+        f"--workdir={tmp_path / '3'}",
+        f"--config.train.init_from={tmp_path / 'mix'}",
+    )
+    assert "27 arrays loaded, 0 newly initialised, 0 ignored" in out
+    assert f"norm stats from {tmp_path / 'mix'}" in out
+
+
+@pytest.mark.parametrize("model", ["pi0", "pi05"])
+def test_mixes_checkpoints_of_openpi(model, tmp_path):
+    paths = [str(oracle.write(model, which, tmp_path)) for which in ("var1", "var2")]
+    out = succeeds(
+        "mix.py",
+        f"--config={ROOT / f'configs/{model}_libero.py'}:debug",
+        f"--checkpoints={','.join(paths)}",
+        "--method=inverse_loss",
+        f"--validation={oracle.OPENPI / model / 'val_batches.npz'}",
+        "--config.mix.norm_stats=pool",
+        f"--output={tmp_path / 'mix'}",
+    )
+    assert "held out, the mix is" in out
+    assert json.loads((tmp_path / "mix" / "mix.json").read_text())["method"] == "inverse_loss"
+
+
+def test_mixing_takes_flags_as_the_readme_spells_them(tmp_path):
+    paths = ",".join(
+        str(oracle.write("pi0", w, tmp_path, norm_stats_of="base")) for w in ("var1", "var2")
+    )
+    succeeds(
+        "mix.py", f"--checkpoints={paths}", "--coefficients=0.7,0.3", f"--output={tmp_path / 'a'}"
+    )
+    assert json.loads((tmp_path / "a" / "mix.json").read_text())["coefficients"] == [0.7, 0.3]
+    tuned, base = paths.split(",")
+    succeeds(
+        "mix.py",
+        f"--checkpoints={tuned}",
+        f"--base={base}",
+        "--merge_ratio=0.25,0.5",
+        f"--output={tmp_path / 'b'}",
+    )
+    assert (tmp_path / "b" / "merge_ratio=0.25" / "mix.json").exists()
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_help_says_what_the_main_is_for(main):
+    result = run(main, "--helpshort")
+    docstring = (
+        (ROOT / "experiments" / main).read_text().split('"""')[1].split(".\n")[0].replace("\n", " ")
+    )
+    assert docstring[:40] in result.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_a_wrong_flag_is_one_line_with_a_suggestion(main):
+    assert "overwrite" in fails(main, "--overwrit")
+
+
+@pytest.mark.parametrize("main", [m for m in MAINS if m != "benchmark.py"])
+def test_a_wrong_config_key_is_one_line_with_a_suggestion(main):
+    line = fails(main, STATE, "--config.mix.learning_rat=1")
+    assert 'Did you mean "learning_rate"' in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config=nowhere.py",), "nowhere.py"),
+        ((f"--config={ROOT / 'configs/pi0_state.py'}:debgu",), "expected nothing or ':debug'"),
+        (("--config.mix.power=much",), "power"),
+        (("--coefficients=a,b",), "--coefficients: 'a' is not a number"),
+        (("--checkpoints", "a", "b"), "unexpected argument 'b'"),
+        (("--checkpoints=/nowhere/a,/nowhere/b",), "/nowhere/a does not exist"),
+    ],
+)
+def test_wrong_values_are_one_line(arguments, message, tmp_path):
+    assert message in fails("mix.py", f"--output={tmp_path / 'out'}", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_as_validation_file_is_refused(tmp_path):
+    path = tmp_path / "val.pkl"
+    path.write_bytes(b"\x80\x04N.")
+    line = fails(
+        "mix.py",
+        STATE,
+        "--checkpoints=a,b",
+        f"--validation={path}",
+        "--method=greedy",
+        f"--output={tmp_path / 'o'}",
+    )
+    assert "a does not exist" in line
+    checkpoint = oracle.step("pi0", "base")
+    line = fails("mix.py", STATE, f"--checkpoints={checkpoint},{checkpoint}", f"--validation={path}", "--method=greedy",
+                 f"--output={tmp_path / 'o'}")  # fmt: skip
+    assert "a pickle, which is never loaded" in line
+
+
+def test_verbose_shows_the_traceback(tmp_path):
+    result = run("mix.py", "--checkpoints=/nowhere/a", f"--output={tmp_path / 'out'}", "--verbose")
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        ("train.py", (STATE, *SMALL, "--workdir=OUT")),
+        ("dump_validation.py", (STATE, "--output=OUT")),
+        ("mix.py", (f"--checkpoints={oracle.step('pi0', 'base')}", "--output=OUT")),
+        ("quickstart.py", ("--output=OUT",)),
+        ("benchmark.py", ()),
+    ],
+)
+def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path):
+    arguments = [a.replace("OUT", str(tmp_path / "out")) for a in arguments]
+    assert succeeds(main, *arguments, "--dry_run").strip()
+    assert not list(tmp_path.iterdir())
+
+
+def test_mains_are_thin():
+    for main in MAINS:
+        assert len((ROOT / "experiments" / main).read_text().splitlines()) <= 80, main

@@ -1,0 +1,431 @@
+"""Mixing from disk to disk: every method, what it leaves behind, and every bad input."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common, pi0_libero, pi05_libero
+from policymix import trees
+from policymix.checkpoints import assets, store
+from policymix.data import validation
+from policymix.runs import mix
+from tests import oracle
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = {"pi0": pi0_libero, "pi05": pi05_libero}
+
+
+def debug_config(model="pi0", **settings):
+    config = CONFIGS[model].get_config("debug")
+    config.mix.update(settings)
+    return config
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory):
+    """Three checkpoints that share their norm stats, and their base."""
+    root = tmp_path_factory.mktemp("singles")
+    return {
+        which: str(oracle.write("pi0", which, root, norm_stats_of="base"))
+        for which in ("base", *oracle.VARIANTS)
+    }
+
+
+@pytest.fixture
+def request_for(singles, tmp_path):
+    def make(*which, **fields):
+        chosen = tuple(singles[w] for w in which or oracle.VARIANTS)
+        return mix.Request(**{"checkpoints": chosen, "output": tmp_path / "out"} | fields)
+
+    return make
+
+
+VALIDATION = str(oracle.OPENPI / "pi0" / "val_batches.npz")
+
+
+def numpy_mix(coefficients, which=oracle.VARIANTS, model="pi0"):
+    flats = [trees.flatten(oracle.params(model, w)) for w in which]
+    return {
+        p: sum(c * f[p].astype(np.float64) for c, f in zip(coefficients, flats, strict=True))
+        for p in flats[0]
+    }
+
+
+def assert_close(params, expected, atol=1e-6):
+    flat = trees.flatten(params)
+    assert flat.keys() == expected.keys()
+    for path in flat:
+        np.testing.assert_allclose(flat[path], expected[path], atol=atol, err_msg=path)
+
+
+def test_average_needs_neither_model_nor_data(request_for, tmp_path):
+    report = mix.mix(common.get_config(), request_for())
+    assert report["method"] == "average"
+    for path in (tmp_path / "out", tmp_path / "out" / "0", tmp_path / "out" / "0" / "params"):
+        assert_close(store.load_params(path), numpy_mix([1 / 3] * 3))
+    assert {leaf.dtype for leaf in jax.tree.leaves(store.load_params(tmp_path / "out"))} == {
+        np.dtype("float32")
+    }
+
+
+def test_leaves_norm_stats_in_both_places_and_what_it_did(request_for, singles, tmp_path):
+    out = tmp_path / "out"
+    mix.mix(common.get_config(), request_for(coefficients=(5, 3, 2)))
+    source = assets.read_norm_stats(
+        pathlib.Path(singles["var1"]) / "assets/fake_robot/norm_stats.json"
+    )
+    for path in (out / "norm_stats.json", out / "0/assets/fake_robot/norm_stats.json"):
+        np.testing.assert_array_equal(
+            assets.read_norm_stats(path)["state"].mean, source["state"].mean
+        )
+    told = json.loads((out / "mix.json").read_text())
+    assert told["method"] == "manual"
+    np.testing.assert_allclose(told["coefficients"], [0.5, 0.3, 0.2])
+    assert [entry["path"] for entry in told["inputs"]] == [singles[w] for w in oracle.VARIANTS]
+    assert len({entry["fingerprint"] for entry in told["inputs"]}) == 3
+    assert told["seconds"] > 0
+    assert told["peak_memory_bytes"] > 1e6
+    flats = [
+        np.concatenate([x.ravel() for x in jax.tree.leaves(oracle.params("pi0", w))])
+        for w in oracle.VARIANTS
+    ]
+    expected = [[np.linalg.norm(a - b) for b in flats] for a in flats]
+    np.testing.assert_allclose(told["geometry"]["distance"], expected, rtol=1e-4, atol=1e-4)
+    assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", [m for m in mix.BY_LOSS if m != "adaptive_gradient_descent"])
+def test_methods_by_loss_write_the_mix_they_report(method, request_for, tmp_path):
+    report = mix.mix(
+        debug_config(num_iterations=6), request_for(method=method, validation=VALIDATION)
+    )
+    c = np.array(report["coefficients"])
+    assert c.sum() == pytest.approx(1)
+    assert_close(store.load_params(tmp_path / "out"), numpy_mix(c))
+    inputs = [entry["loss"] for entry in report["inputs"]]
+    assert report["validation"]["batches"] == {"selection": 3, "held_out": 1}
+    assert all(
+        0 < loss[w] < 10 for loss in [*inputs, report["loss"]] for w in ("selection", "held_out")
+    )
+    if method == "inverse_loss":
+        weights = 1 / np.square([loss["selection"] for loss in inputs])
+        np.testing.assert_allclose(c, weights / weights.sum(), rtol=1e-6)
+    if method == "greedy":
+        assert report["loss"]["selection"] <= min(loss["selection"] for loss in inputs) + 1e-6
+    if method == "gradient_descent":
+        assert [row["step"] for row in report["history"]] == list(range(6))
+        assert report["history"][-1]["seconds"] > 0
+
+
+def test_adaptive_gradient_descent_takes_other_steps(request_for):
+    config = debug_config(num_iterations=6)
+    first = mix.mix(
+        config, request_for(method="gradient_descent", validation=VALIDATION, overwrite=True)
+    )
+    second = mix.mix(
+        config,
+        request_for(method="adaptive_gradient_descent", validation=VALIDATION, overwrite=True),
+    )
+    assert first["coefficients"] != second["coefficients"]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_interpolate_weighs_the_base(ratio, request_for, singles, tmp_path):
+    mix.mix(common.get_config(), request_for("var1", base=singles["base"], merge_ratios=(ratio,)))
+    params = store.load_params(tmp_path / "out")
+    assert_close(params, numpy_mix([ratio, 1 - ratio], ("base", "var1")))
+    if ratio in (0.0, 1.0):
+        exact = oracle.params("pi0", "base" if ratio else "var1")
+        jax.tree.map(np.testing.assert_array_equal, params, exact)
+
+
+def test_interpolate_defaults_to_a_half_and_to_the_base_of_the_config(
+    request_for, singles, tmp_path
+):
+    config = common.get_config()
+    config.train.init_from = singles["base"]
+    report = mix.mix(config, request_for("var1", method="interpolate"))
+    assert report["merge_ratio"] == 0.5
+    assert_close(store.load_params(tmp_path / "out"), numpy_mix([0.5, 0.5], ("base", "var1")))
+
+
+def test_several_merge_ratios_give_a_directory_each_and_one_table(
+    request_for, singles, tmp_path, capsys
+):
+    request = request_for(
+        "var1", base=singles["base"], merge_ratios=(0.25, 0.75), validation=VALIDATION
+    )
+    mix.mix(debug_config(), request)
+    for ratio in (0.25, 0.75):
+        directory = tmp_path / "out" / f"merge_ratio={ratio:g}"
+        assert_close(store.load_params(directory), numpy_mix([ratio, 1 - ratio], ("base", "var1")))
+        assert json.loads((directory / "mix.json").read_text())["merge_ratio"] == ratio
+    told = json.loads((tmp_path / "out" / "mix.json").read_text())
+    assert [row["merge_ratio"] for row in told["sweep"]] == [0.25, 0.75]
+    assert (tmp_path / "out" / "mix.png").exists()
+    assert "merge_ratio 0.25" in capsys.readouterr().out
+
+
+def test_interpolate_takes_the_dtype_of_the_base(request_for, tmp_path):
+    base = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), oracle.params("pi0"))
+    stats = assets.norm_stats_of(oracle.step("pi0", "base"))
+    store.save_params(base, tmp_path / "base16", stats[1], stats[0])
+    mix.mix(common.get_config(), request_for("var1", base=str(tmp_path / "base16")))
+    assert {str(x.dtype) for x in jax.tree.leaves(store.load_params(tmp_path / "out"))} == {
+        "bfloat16"
+    }
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("", "float32"), ("bfloat16", "bfloat16")])
+def test_inputs_of_two_dtypes_meet_in_the_wider_unless_told(
+    dtype, expected, request_for, singles, tmp_path
+):
+    stats = assets.norm_stats_of(oracle.step("pi0", "base"))
+    half = jax.tree.map(
+        lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), oracle.params("pi0", "var1")
+    )
+    store.save_params(half, tmp_path / "half", stats[1], stats[0])
+    config = common.get_config()
+    config.mix.dtype = dtype
+    mix.mix(config, request_for(checkpoints=(str(tmp_path / "half"), singles["var2"])))
+    assert {str(x.dtype) for x in jax.tree.leaves(store.load_params(tmp_path / "out"))} == {
+        expected
+    }
+
+
+def different_stats(tmp_path):
+    return tuple(
+        str(oracle.write("pi0", which, tmp_path / "different")) for which in oracle.VARIANTS
+    )
+
+
+def test_different_norm_stats_are_refused_by_dimension(request_for, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"norm stats of .* differ: state/mean\[0\].*config.mix.norm_stats=pool"
+    ):
+        mix.mix(common.get_config(), request_for(checkpoints=different_stats(tmp_path)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_norm_stats_by_the_rule_of_kai0(request_for, tmp_path):
+    config = common.get_config()
+    config.mix.norm_stats = "average"
+    mix.mix(config, request_for(checkpoints=different_stats(tmp_path), coefficients=(5, 3, 2)))
+    told = assets.read_norm_stats(tmp_path / "out" / "norm_stats.json")
+    expected = oracle.kai0("pi0")["methods"]["manual_532"]["mixed_norm_stats"]
+    for key, entry in expected.items():
+        for field, values in entry.items():
+            np.testing.assert_allclose(getattr(told[key], field), values, rtol=1e-6)
+
+
+def test_norm_stats_from_a_path(request_for, tmp_path):
+    config = common.get_config()
+    config.mix.norm_stats = str(oracle.step("pi0", "var3") / "assets/fake_robot/norm_stats.json")
+    mix.mix(config, request_for(checkpoints=different_stats(tmp_path)))
+    source = assets.read_norm_stats(pathlib.Path(config.mix.norm_stats))
+    told = assets.read_norm_stats(tmp_path / "out" / "norm_stats.json")
+    np.testing.assert_array_equal(told["actions"].q99, source["actions"].q99)
+
+
+def broken(tmp_path, change):
+    flat = {p: np.array(x) for p, x in trees.flatten(oracle.params("pi0", "var1")).items()}
+    change(flat)
+    stats = assets.norm_stats_of(oracle.step("pi0", "base"))
+    store.save_params(trees.unflatten(flat), tmp_path / "broken", stats[1], stats[0])
+    return str(tmp_path / "broken")
+
+
+def test_another_architecture_is_named_with_its_likely_cause(request_for, singles, tmp_path):
+    other = str(oracle.write("pi05", "base", tmp_path))
+    with pytest.raises(ValueError, match="one is a π0, the other a π0.5.*only in"):
+        mix.mix(common.get_config(), request_for(checkpoints=(singles["var1"], other)))
+
+    def wider(flat):
+        flat["action_in_proj/kernel"] = np.zeros((9, 64), np.float32)
+
+    with pytest.raises(
+        ValueError,
+        match=r"action_dim differs.*action_in_proj/kernel: \(8, 64\) in .*, \(9, 64\) in",
+    ):
+        mix.mix(
+            common.get_config(), request_for(checkpoints=(singles["var1"], broken(tmp_path, wider)))
+        )
+
+
+@pytest.mark.parametrize("method", ["average", "gradient_descent"])
+def test_nan_in_a_checkpoint_is_named_by_file_and_key(method, request_for, singles, tmp_path):
+    def poison(flat):
+        flat["action_out_proj/bias"][3] = np.nan
+
+    request = request_for(
+        checkpoints=(singles["var1"], broken(tmp_path, poison)),
+        method=method,
+        validation=VALIDATION,
+    )
+    with pytest.raises((ValueError, FloatingPointError), match="broken.*NaN"):
+        mix.mix(debug_config(), request)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_loss_that_is_not_finite_names_the_checkpoint(request_for, singles, tmp_path):
+    def explode(flat):
+        flat["action_out_proj/kernel"] *= 1e30
+
+    request = request_for(
+        checkpoints=(singles["var1"], broken(tmp_path, explode)),
+        method="greedy",
+        validation=VALIDATION,
+    )
+    with pytest.raises(FloatingPointError, match="broken.*loss.*is (inf|nan)"):
+        mix.mix(debug_config(), request)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"checkpoints": ()}, "--checkpoints is empty"),
+        ({"checkpoints": ("/nowhere/a", "/nowhere/b")}, "/nowhere/a does not exist"),
+        ({"coefficients": (0.5, 0.5)}, "3 checkpoints need 3 coefficients"),
+        ({"coefficients": (1.0, -1.0, 0.0)}, "sum to zero"),
+        ({"coefficients": (1.0, float("nan"), 0.0)}, "finite"),
+        ({"method": "manual"}, "manual needs it"),
+        (
+            {"method": "average", "coefficients": (1, 1, 1)},
+            "--coefficients goes with --method=manual",
+        ),
+        ({"method": "avrage"}, "expected one of average, manual"),
+        ({"method": "greedy"}, "greedy needs validation batches"),
+        ({"method": "interpolate"}, "takes one fine-tuned checkpoint and a base"),
+        (
+            {"merge_ratios": (0.5,), "method": "average"},
+            "--merge_ratio goes with --method=interpolate",
+        ),
+        ({"validation": "/nowhere/val.npz"}, "/nowhere/val.npz does not exist"),
+        ({"validation": __file__}, "not an .npz archive"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(fields, message, request_for, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        mix.mix(debug_config(), request_for(**fields))
+    assert not (tmp_path / "out").exists()
+
+
+def test_interpolate_without_a_base_says_where_to_name_it(request_for):
+    with pytest.raises(ValueError, match=r"pass --base, or a --config whose train.init_from"):
+        mix.mix(common.get_config(), request_for("var1", method="interpolate"))
+
+
+def test_a_loss_without_a_model_asks_for_a_config(request_for):
+    with pytest.raises(ValueError, match="config.model is empty: pass --config"):
+        mix.mix(common.get_config(), request_for(method="greedy", validation=VALIDATION))
+
+
+def test_a_model_that_is_not_the_checkpoints_is_refused(request_for):
+    with pytest.raises(ValueError, match="config.model and .* are not the same architecture"):
+        mix.mix(debug_config("pi05"), request_for(method="greedy", validation=VALIDATION))
+
+
+def test_validation_of_another_shape_is_refused(request_for):
+    other = str(oracle.OPENPI / "pi05" / "val_batches.npz")
+    with pytest.raises(
+        ValueError, match=r"batch 0 does not fit config.model.*prompt_tokens is \(2, 24\)"
+    ):
+        mix.mix(debug_config(), request_for(method="greedy", validation=other))
+
+
+def test_existing_output_stays_unless_overwritten(request_for, tmp_path):
+    mix.mix(common.get_config(), request_for())
+    before = (tmp_path / "out" / "mix.json").read_bytes()
+    with pytest.raises(FileExistsError, match="pass --overwrite"):
+        mix.mix(common.get_config(), request_for(coefficients=(1, 2, 3)))
+    assert (tmp_path / "out" / "mix.json").read_bytes() == before
+    report = mix.mix(common.get_config(), request_for(coefficients=(1, 2, 3), overwrite=True))
+    assert (
+        json.loads((tmp_path / "out" / "mix.json").read_text())["coefficients"]
+        == report["coefficients"]
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_output_may_not_lie_in_an_input(request_for, singles):
+    inside = pathlib.Path(singles["var1"]) / "mixed"
+    with pytest.raises(ValueError, match="overlaps the input"):
+        mix.mix(common.get_config(), request_for(output=inside))
+
+
+def test_inputs_are_not_touched(request_for, singles):
+    def state():
+        files = sorted(
+            p for w in singles.values() for p in pathlib.Path(w).rglob("*") if p.is_file()
+        )
+        return [(p, p.stat().st_mtime_ns, p.read_bytes()) for p in files]
+
+    before = state()
+    mix.mix(common.get_config(), request_for())
+    assert state() == before
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(request_for, tmp_path, capsys):
+    mix.mix(debug_config(), request_for(method="greedy", validation=VALIDATION, dry_run=True))
+    printed = capsys.readouterr().out
+    assert "497,000 parameters" in printed
+    assert "3 batches to select on, 1 held out" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_episodes_in_a_training_set_are_told(request_for, singles, tmp_path):
+    trained = tmp_path / "trained" / "1"
+    shutil.copytree(singles["var1"], trained)
+    (trained / "assets/fake_robot/episodes.json").write_text(
+        '{"fingerprint": "f", "episodes": [1, 2, 3]}'
+    )
+    batches = oracle.batches("pi0")
+    validation.save(
+        tmp_path / "val.npz", batches[:3], batches[3:], {"fingerprint": "f", "episodes": [3, 9]}
+    )
+    request = request_for(
+        checkpoints=(str(trained), singles["var2"]), validation=str(tmp_path / "val.npz")
+    )
+    report = mix.mix(debug_config(), request)
+    (warning,) = report["warnings"]
+    assert "trained on 1 of the 2 validation episodes (3)" in warning
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_the_old_output_or_the_new(singles, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "experiments/mix.py"), f"--output={out}", "--overwrite"]
+    command.append("--checkpoints=" + ",".join(singles[w] for w in oracle.VARIANTS))
+    subprocess.run([*command, "--coefficients=1,0,0"], check=True, capture_output=True)
+    started = time.monotonic()
+    subprocess.run([*command, "--coefficients=1,0,0"], check=True, capture_output=True)
+    length, rng = time.monotonic() - started, np.random.default_rng(0)
+    for _ in range(10):
+        process = subprocess.Popen(
+            [*command, "--coefficients=0,1,0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.3, 1.0) * length)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            told = json.loads((out / "mix.json").read_text())["coefficients"]
+            which = "var1" if told == [1, 0, 0] else "var2"
+            jax.tree.map(
+                np.testing.assert_array_equal, store.load_params(out), oracle.params("pi0", which)
+            )
+    subprocess.run([*command, "--coefficients=0,1,0"], check=True, capture_output=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    jax.tree.map(
+        np.testing.assert_array_equal, store.load_params(out), oracle.params("pi0", "var2")
+    )
