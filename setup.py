@@ -9,7 +9,7 @@ _ROOT = pathlib.Path(__file__).parent
 setuptools.setup(
     name="policymix",
     version="0.1.0",
-    description="Fine-tune, mix, improve, evaluate and serve vision-language-action policies in JAX.",
+    description="Many fine-tuned vision-language-action checkpoints in, one better policy out.",
     long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -15,9 +15,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "model": {},  # the fields of policymix.models.pi0.Pi0Config
             "data": {
                 "path": "",  # a LeRobot dataset
-                "asset_id": "",  # what its statistics are called beside the checkpoint; "": the dataset's folder name
-                "norm_stats": "",  # a norm_stats.json or a checkpoint; "": those of train.init_from, else computed
-                "quantiles": False,  # normalise by the 1 % and 99 % quantiles (π0.5) instead of mean and deviation
+                # What its statistics are called beside the checkpoint; "": the dataset's folder.
+                "asset_id": "",
+                # A norm_stats.json or a checkpoint; "": those of train.init_from, else computed.
+                "norm_stats": "",
+                # Normalise by the 1 % and 99 % quantiles (π0.5) instead of mean and deviation.
+                "quantiles": False,
                 "state_key": "observation.state",
                 "action_key": "action",
                 "default_prompt": "",  # overrides the dataset's instructions
@@ -45,12 +48,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "max_to_keep": 1,  # of the others
             },
             "mix": {
-                "method": "",  # "": manual with --coefficients, interpolate with --base, else average
+                # "": manual with --coefficients, interpolate with --base, else average.
+                "method": "",
                 "learning_rate": 0.05,
                 "num_iterations": 50,
                 "power": 2.0,  # inverse_loss: c ∝ 1 / loss^power
-                "held_out": 0.2,  # fraction of the validation batches to report on and never select on
-                "norm_stats": "equal",  # or pool, average, or a path: what to do when the inputs' statistics differ
+                "held_out": 0.2,  # fraction of the validation batches to report on, never select on
+                # What to do when the inputs' statistics differ: equal (refuse), pool, average, or a
+                # path.
+                "norm_stats": "equal",
                 "dtype": "",  # of the output; "": the inputs' (interpolate: the base's)
                 "seed": 0,  # of the noise in the validation loss
             },

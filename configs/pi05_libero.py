@@ -1,4 +1,4 @@
-"""π0.5 on LIBERO, as OpenPI's config of the same name.
+r"""π0.5 on LIBERO, as OpenPI's config of the same name.
 
 Mix three fine-tunes with learned coefficients (float32 of three π0.5 needs about 40 GB of memory):
   python experiments/mix.py --config=configs/pi05_libero.py --method=gradient_descent \

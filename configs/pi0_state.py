@@ -1,11 +1,11 @@
-"""A small π0 without cameras: prompt and proprio in, action chunks out. Runs on a laptop.
+r"""A small π0 without cameras: prompt and proprio in, action chunks out. Runs on a laptop.
 
   python experiments/train.py --config=configs/pi0_state.py --workdir=runs/mine \
     --config.data.path=DIRECTORY_OF_A_LEROBOT_DATASET
 
-Trains on the numeric columns of any LeRobot dataset whose state and actions have at most 8 dimensions.
-About 1.0 M parameters, the same code as the 3 B one. `:debug` takes four steps on the PushT episodes that the tests
-use; PushT's state lacks the block, so nothing is learned there.
+Trains on the numeric columns of any LeRobot dataset whose state and actions have at most 8
+dimensions. 1.2 M parameters, the same code as the 3 B one. `:debug` takes four steps on the PushT
+episodes that the tests use; PushT's state lacks the block, so nothing is learned there.
 """
 
 import pathlib

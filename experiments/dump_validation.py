@@ -1,4 +1,4 @@
-"""Writes fixed validation batches, from episodes that training held out, for mixing.
+r"""Writes fixed validation batches, from episodes that training held out, for mixing.
 
   python experiments/dump_validation.py --config=configs/pi0_state.py --output=val.npz \
     --config.data.path=datasets/reach

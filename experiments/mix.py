@@ -1,10 +1,10 @@
-"""Mixes checkpoints into one.
+r"""Mixes checkpoints into one.
 
-python experiments/mix.py --checkpoints=a,b,c --output=mixed
-python experiments/mix.py --checkpoints=a,b,c --output=mixed --coefficients=0.5,0.3,0.2
-python experiments/mix.py --checkpoints=finetuned --base=pretrained --merge_ratio=0.25,0.5,0.75
-  --output=retain python experiments/mix.py --config=configs/pi05_libero.py
-  --method=gradient_descent \ --checkpoints=a,b,c --validation=val.npz --output=mixed
+  python experiments/mix.py --checkpoints=a,b,c --output=mixed
+  python experiments/mix.py --checkpoints=a,b,c --output=mixed --coefficients=0.5,0.3,0.2
+  python experiments/mix.py --checkpoints=tuned --base=base --merge_ratio=0.25,0.5 --output=retain
+  python experiments/mix.py --config=configs/pi05_libero.py --method=gradient_descent \
+    --checkpoints=a,b,c --validation=val.npz --output=mixed
 """
 
 import pathlib
@@ -18,8 +18,12 @@ _CHECKPOINTS = flags.DEFINE_list(
     "checkpoints", [], "Step directories, params directories or outputs of a mix."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write.", required=True)
-_METHOD = flags.DEFINE_string("method", "", "average, manual, interpolate, inverse_loss, greedy, gradient_descent or "
-                              "adaptive_gradient_descent; default config.mix.method.")  # fmt: skip
+_METHOD = flags.DEFINE_string(
+    "method",
+    "",
+    "average, manual, interpolate, inverse_loss, greedy, gradient_descent or "
+    "adaptive_gradient_descent; default config.mix.method.",
+)
 _COEFFICIENTS = flags.DEFINE_list(
     "coefficients", [], "For manual: one number per checkpoint, normalised to sum 1."
 )

@@ -1,9 +1,10 @@
-"""The main job on a laptop, without a download: two checkpoints of a tiny π0, mixed by every method.
+"""The main job on a laptop, without a download: two checkpoints of a tiny π0, mixed by every
+method.
 
   make quickstart            (a second run reuses what is there; FRESH=1 starts over)
 
-The checkpoints are OpenPI's own output, half a million random-ish parameters each: enough to run every part of the
-program, not enough to drive a robot.
+The checkpoints are OpenPI's own output, half a million random-ish parameters each: enough to run
+every part of the program, not enough to drive a robot.
 """
 
 import pathlib

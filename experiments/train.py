@@ -1,4 +1,4 @@
-"""Fine-tunes a policy, and resumes where an earlier run of the same --workdir stopped.
+r"""Fine-tunes a policy, and resumes where an earlier run of the same --workdir stopped.
 
   python experiments/train.py --config=configs/pi0_state.py --workdir=runs/reach \
     --config.data.path=datasets/reach --config.train.init_from=runs/base/30000

@@ -11,7 +11,7 @@ import numpy as np
 from policymix import files
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: there is no screen)
+import matplotlib.pyplot as plt  # after the backend: there is no screen
 
 _SELECTION, _HELD_OUT, _MIX = "#7a9cc6", "#2f4b7c", "#d1495b"
 
@@ -74,7 +74,10 @@ def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
     best = min(singles)
     mix = min(mix["loss"]["held_out"] for mix in mixes)
     word = "below" if mix < best else "above"
-    return f"held out, the mix is {abs(mix / best - 1):.2%} {word} the best single input ({mix:.5f} against {best:.5f})"
+    return (
+        f"held out, the mix is {abs(mix / best - 1):.2%} {word} the best single input "
+        f"({mix:.5f} against {best:.5f})"
+    )
 
 
 def _save(figure, path: pathlib.Path) -> None:
@@ -179,8 +182,9 @@ def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
     ratios = [mix["merge_ratio"] for mix in report["sweep"]]
     if report["sweep"][0]["loss"]:
         base, tuned = report["inputs"]
-        points = sorted([*zip(ratios, (m["loss"] for m in report["sweep"]), strict=True), (0.0, tuned["loss"]), (1.0, base["loss"])],
-                        key=lambda point: point[0])  # fmt: skip
+        ends = [(0.0, tuned["loss"]), (1.0, base["loss"])]
+        between = [(mix["merge_ratio"], mix["loss"]) for mix in report["sweep"]]
+        points = sorted([*ends, *between], key=lambda point: point[0])
         for which, color in (("selection", _SELECTION), ("held_out", _HELD_OUT)):
             if points[0][1][which] is not None:
                 axis.plot(
@@ -225,8 +229,5 @@ def methods_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
         "seconds",
     ]
     best = min(reports, key=lambda method: reports[method]["loss"]["selection"])
-    chosen = [*losses, reports[best]["loss"]]
-    return "\n".join([
-        table(rows, header),
-        f"lowest on the selection batches: {best}; " + (_verdict(losses, [{"loss": chosen[-1]}]) or ""),
-    ])  # fmt: skip
+    verdict = _verdict(losses, [reports[best]]) or "no batches were held out to judge it on"
+    return f"{table(rows, header)}\nlowest on the selection batches: {best}; {verdict}"

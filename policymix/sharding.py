@@ -1,7 +1,7 @@
 """Devices, and which of them holds what.
 
-The mesh has the axes (data, fsdp). Batches are split over both, parameters over fsdp only. On one device all of this
-is the identity.
+The mesh has the axes (data, fsdp). Batches are split over both, parameters over fsdp only. On one
+device all of this is the identity.
 """
 
 import math
@@ -31,7 +31,8 @@ def parameters(mesh: Mesh, shapes: PyTree) -> PyTree:
     """OpenPI's rule: an array of ≥ 4 MiB and rank ≥ 2 is split along its largest axis that divides.
 
     Args:
-      shapes: a tree of anything with shape and dtype: parameters, optimizer states, whole train states.
+      shapes: a tree of anything with shape and dtype: parameters, optimizer states, whole train
+        states.
 
     Returns:
       The same tree of `NamedSharding`.

@@ -34,7 +34,7 @@ def fingerprint(checkpoint: str) -> str:
 
 
 def leaks(checkpoints: Sequence[str], meta: Mapping[str, Any] | None) -> list[str]:
-    """A sentence for every checkpoint whose training episodes occur among the validation episodes."""
+    """A sentence for every checkpoint that was trained on some of the validation episodes."""
     found = []
     for checkpoint in checkpoints:
         trained = assets.episodes_of(checkpoint)
@@ -88,7 +88,10 @@ def _meaning(relative: np.ndarray, cosine: np.ndarray | None) -> str:
     apart = relative[np.triu_indices(n, 1)]
     if apart.min() == 0.0:
         return "at least two inputs are identical: they count twice and add nothing"
-    words = f"the inputs lie {apart.min():.2g} to {apart.max():.2g} apart, in units of the length of the first"
+    words = (
+        f"the inputs lie {apart.min():.2g} to {apart.max():.2g} apart, in units of the length of "
+        "the first"
+    )
     if apart.max() < 1e-4:
         words += "; they are nearly the same model, so a mix can hardly differ from them"
     if apart.max() > 0.5:

@@ -1,6 +1,8 @@
-"""The checkpoints of a run: `WORKDIR/<step>/{params,train_state,assets}`, written and resumed by Orbax.
+"""The checkpoints of a run: `WORKDIR/<step>/{params,train_state,assets}`, written and resumed by
+Orbax.
 
-As in OpenPI, `params` holds the moving average where there is one, and `train_state/params` then the raw parameters.
+As in OpenPI, `params` holds the moving average where there is one, and `train_state/params` then
+the raw parameters.
 """
 
 import asyncio
@@ -98,7 +100,8 @@ class Series:
         )
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState:
-        """The latest state. `like` gives structure, shapes and dtypes (`jax.eval_shape`), `shardings` the places.
+        """The latest state. `like` gives structure, shapes and dtypes (`jax.eval_shape`),
+        `shardings` the places.
 
         Raises:
           ValueError: the checkpoint belongs to another model or optimizer, or is damaged.
@@ -114,8 +117,10 @@ class Series:
             )
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(
-                f"{self._manager.directory}: step {self.latest} cannot be resumed ({str(error).splitlines()[0]}); "
-                "it was saved by another model or optimizer, or is damaged: pass --overwrite to start again"
+                f"{self._manager.directory}: step {self.latest} cannot be resumed "
+                f"({str(error).splitlines()[0]}); "
+                "it was saved by another model or optimizer, or is damaged: pass --overwrite to "
+                "start again"
             ) from error
         params = store.from_item(restored.params)
         train = restored.train_state
@@ -124,7 +129,7 @@ class Series:
         return TrainState(train["step"], train["params"], train["opt_state"], params)
 
     def wait(self) -> None:
-        """Blocks until everything saved is on disk; errors of the background writer surface here."""
+        """Blocks until everything saved is on disk; the writer's errors surface here."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -16,7 +16,8 @@ _log = logging.getLogger(__name__)
 class ByteTokenizer:
     """UTF-8 bytes as tokens: 0 pad, 1 beginning, 2 reserved for the end, byte + 3.
 
-    The beginning token stands in front; what else frames a prompt is `transforms.prompts`' business.
+    The beginning token stands in front; what else frames a prompt is `transforms.prompts`'
+    business.
 
     Args:
       max_token_len: s, the length of every row; longer prompts are cut.

@@ -21,7 +21,7 @@ from policymix.structs import Array, typechecked
 def path(
     actions: Float[Array, "b h a"], noise: Float[Array, "b h a"], t: Float[Array, " b"]
 ) -> tuple[Float[Array, "b h a"], Float[Array, "b h a"]]:
-    """The point x_t = t * noise + (1 - t) * actions, and the velocity there, u_t = noise - actions."""
+    """The point x_t = t * noise + (1 - t) * actions, and its velocity u_t = noise - actions."""
     t = einops.rearrange(t, "b -> b 1 1")
     return t * noise + (1 - t) * actions, noise - actions
 
@@ -63,7 +63,7 @@ def integrate(
 def embed_time(
     t: Float[Array, " b"], width: int, min_period: float = 4e-3, max_period: float = 4.0
 ) -> Float[Array, "b d"]:
-    """Sine and cosine of 2π t / period, periods geometric between the two ends; [sines, cosines]."""
+    """Sines, then cosines, of 2π t / period, with periods geometric between the two ends."""
     if width % 2:
         raise ValueError(f"a time embedding has as many sines as cosines; width {width} is odd")
     fraction = jnp.linspace(0.0, 1.0, width // 2)

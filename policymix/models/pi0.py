@@ -224,7 +224,7 @@ def example_observation(config: Pi0Config, batch_size: int = 1) -> Observation:
 
 
 def check_observation(config: Pi0Config, observation: Observation) -> None:
-    """ValueError that names what the network expects and what it was given. Looks at shapes only."""
+    """ValueError naming what the network expects and what it was given. Looks at shapes only."""
     batch_size = observation.proprio.shape[0]
 
     def require(what, found, expected):

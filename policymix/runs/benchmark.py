@@ -50,7 +50,8 @@ def run(rows: Sequence[str]) -> str:
         )
     header = ["ours / straightforward", "wall s", "CPU s", "faster", "peak MB"]
     device = jax.devices()[0]
-    return f"{device.device_kind} ({device.platform}), medians of {_REPEATS}\n{reports.table(lines, header)}"
+    told = f"{device.device_kind} ({device.platform}), medians of {_REPEATS}"
+    return f"{told}\n{reports.table(lines, header)}"
 
 
 def _interleaved(*sides: Callable[[], Measurement]) -> tuple[Measurement, ...]:

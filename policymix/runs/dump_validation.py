@@ -20,11 +20,12 @@ def dump(
 ) -> None:
     """Writes up to `num_batches` batches from the held-out episodes of config.data.
 
-    Selection and held-out batches come from different episodes, config.mix.held_out of them for the latter; with a
-    single episode every batch is for selection, and the file says so.
+    Selection and held-out batches come from different episodes, config.mix.held_out of them for the
+    latter; with a single episode every batch is for selection, and the file says so.
 
     Raises:
-      ValueError, OSError: bad config or data, too few held-out frames for one batch, or output that exists.
+      ValueError, OSError: bad config or data, too few held-out frames for one batch, or output that
+        exists.
     """
     if num_batches < 1:
         raise ValueError(f"--num_batches is {num_batches}; at least 1 is needed")
@@ -41,8 +42,10 @@ def dump(
         "norm_stats": pipeline.norm_stats_from,
     }
     print(
-        f"{pipeline.dataset.path}: {len(selection)} batches of {config.train.batch_size} to select on and "
-        f"{len(held_out)} held out, from the episodes {pipeline.held_out_episodes}; norm stats from "
+        f"{pipeline.dataset.path}: {len(selection)} batches of {config.train.batch_size} to "
+        "select on and "
+        f"{len(held_out)} held out, from the episodes {pipeline.held_out_episodes}; norm stats "
+        "from "
         f"{pipeline.norm_stats_from}"
     )
     if dry_run:

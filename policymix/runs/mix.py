@@ -212,7 +212,7 @@ def _likely_cause(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
 def _norm_stats(
     config: ml_collections.ConfigDict, inputs: Inputs, coefficients: np.ndarray
 ) -> tuple[str, normalize.Stats] | None:
-    """The one normalisation of the mix, by config.mix.norm_stats; None where the inputs have none."""
+    """The mix's one normalisation, by config.mix.norm_stats; None where the inputs have none."""
     rule, given = config.mix.norm_stats, inputs.norm_stats
     known = [(name, stats) for name, stats in zip(inputs.names, given, strict=True) if stats]
     if rule not in ("equal", "pool", "average"):

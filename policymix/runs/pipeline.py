@@ -1,4 +1,6 @@
-"""From a dataset on disk to batches that the network takes: chunks, normalisation, padding, prompts."""
+"""From a dataset on disk to batches that the network takes: chunks, normalisation, padding,
+prompts.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -31,7 +33,8 @@ class Pipeline:
             )
         if model.image_keys:
             raise ValueError(
-                f"config.model.image_keys names the cameras {list(model.image_keys)}, and only the numeric columns of "
+                f"config.model.image_keys names the cameras {list(model.image_keys)}, and only "
+                "the numeric columns of "
                 "a dataset are read here; set config.model.image_keys to ()"
             )
         self.model, self._quantiles, self._seed = model, data.quantiles, config.train.seed
@@ -51,7 +54,8 @@ class Pipeline:
         )
         if self._tokenizer and model.vocab_size < self._tokenizer.vocab_size:
             raise ValueError(
-                f"config.model.vocab_size is {model.vocab_size}; byte prompts need {self._tokenizer.vocab_size}"
+                f"config.model.vocab_size is {model.vocab_size}; byte prompts need "
+                f"{self._tokenizer.vocab_size}"
             )
         self.norm_stats, self.norm_stats_from = self._find_norm_stats(config)
         self._check_dimensions()
@@ -60,7 +64,9 @@ class Pipeline:
         return loader.ActionChunks(self.dataset, self.model.action_horizon, episodes, **self._keys)
 
     def _find_norm_stats(self, config: ml_collections.ConfigDict) -> tuple[normalize.Stats, str]:
-        """Those named; else those of the checkpoint training starts from, so that the two can be mixed; else new."""
+        """Those named; else those of the checkpoint training starts from, so that the two can be
+        mixed; else new.
+        """
         named = config.data.norm_stats
         if named.endswith(".json"):
             return assets.read_norm_stats(pathlib.Path(named)), named
@@ -83,12 +89,14 @@ class Pipeline:
             d, known = array.shape[-1], len(self.norm_stats[key].mean)
             if d > self.model.action_dim:
                 raise ValueError(
-                    f"{key!r} of {self.dataset.path} has {d} dimensions, config.model.action_dim is "
+                    f"{key!r} of {self.dataset.path} has {d} dimensions, config.model.action_dim "
+                    "is "
                     f"{self.model.action_dim}: it must be at least as large"
                 )
             if d > known:
                 raise ValueError(
-                    f"the norm stats of {self.norm_stats_from} have {known} dimensions for {key!r}, "
+                    f"the norm stats of {self.norm_stats_from} have {known} dimensions for "
+                    f"{key!r}, "
                     f"{self.dataset.path} has {d}: they belong to another robot"
                 )
 
@@ -98,10 +106,11 @@ class Pipeline:
         return self.encode(self._train.get(indices))
 
     def validation(self, batch_size: int, num_batches: int, held_out: float):
-        """Batches from the held-out episodes, every frame at most once: (to select on, to report on).
+        """Batches from the held-out episodes, every frame at most once: (to select on, to report
+        on).
 
-        The two come from different episodes, a fraction `held_out` of the batches being for the report; one episode
-        alone serves selection only.
+        The two come from different episodes, a fraction `held_out` of the batches being for the
+        report; one episode alone serves selection only.
         """
         if not self.held_out_episodes:
             raise ValueError(
@@ -120,8 +129,10 @@ class Pipeline:
         chunks = self._chunks(episodes)
         if len(chunks) < batch_size:
             raise ValueError(
-                f"the held-out episodes {list(episodes)} have {len(chunks)} frames, fewer than one batch of "
-                f"{batch_size}: lower config.train.batch_size, or hold out more with config.data.held_out"
+                f"the held-out episodes {list(episodes)} have {len(chunks)} frames, fewer than "
+                "one batch of "
+                f"{batch_size}: lower config.train.batch_size, or hold out more with "
+                "config.data.held_out"
             )
         order = np.random.default_rng(self._seed).permutation(len(chunks))
         starts = range(0, len(order) - batch_size + 1, batch_size)[:num_batches]

@@ -1,7 +1,8 @@
-"""Training: a config and a working directory in, a series of checkpoints out, resumed to the exact step."""
+"""Training: a config and a working directory in, a series of checkpoints out, resumed to the exact
+step.
+"""
 
 import functools
-import itertools
 import math
 import pathlib
 import shutil
@@ -33,10 +34,11 @@ def train(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> TrainState | None:
-    """Trains until config.train.num_steps, from the latest checkpoint in `workdir` where there is one.
+    """Trains until config.train.num_steps, from the latest checkpoint in `workdir` where there is
+    one.
 
-    Leaves `WORKDIR/<step>/{params,train_state,assets}`, `config.json` and `metrics.jsonl`. `devices` are all there are
-    unless given.
+    Leaves `WORKDIR/<step>/{params,train_state,assets}`, `config.json` and `metrics.jsonl`.
+    `devices` are all there are unless given.
 
     Raises:
       ValueError, OSError: bad config, data or workdir. FloatingPointError: the loss is not finite.
@@ -48,7 +50,8 @@ def train(
     mesh = sharding.mesh(config.train.fsdp_devices, devices)
     if config.train.batch_size % mesh.size:
         raise ValueError(
-            f"config.train.batch_size is {config.train.batch_size}, which the {mesh.size} devices cannot share equally"
+            f"config.train.batch_size is {config.train.batch_size}, which the {mesh.size} devices "
+            "cannot share equally"
         )
     shapes = pi0.shapes(model)
     optimizer = _optimizer(config, shapes)
@@ -139,7 +142,8 @@ def _log(writer, config, step: int, values, since: float) -> float:
 def _check_finite(step: int, values) -> None:
     if not math.isfinite(float(values["loss"])):
         raise FloatingPointError(
-            f"the loss is {float(values['loss'])} at step {step}: lower config.train.learning_rate, or look for "
+            f"the loss is {float(values['loss'])} at step {step}: lower "
+            "config.train.learning_rate, or look for "
             "outliers in the data; the last checkpoint is intact"
         )
 
@@ -157,7 +161,9 @@ def _optimizer(config: ml_collections.ConfigDict, shapes: Any):
 
 
 def _initial_params(filled: trees.Filled | None, model, like: TrainState, places: TrainState, key):
-    """Parameters on their devices: loaded ones leaf by leaf, in the model's dtypes, the others fresh."""
+    """Parameters on their devices: loaded ones leaf by leaf, in the model's dtypes, the others
+    fresh.
+    """
     init = jax.jit(functools.partial(pi0.init, model), out_shardings=places.params)
     if filled is None:
         return init(key)
@@ -179,7 +185,8 @@ def _fill(config: ml_collections.ConfigDict, like: TrainState) -> trees.Filled |
     header = store.open_params(config.train.init_from)
     filled = trees.fill(like.params, header, may_miss=tuple(config.train.init_missing))
     print(
-        f"from {config.train.init_from}: {len(filled.loaded)} arrays loaded, {len(filled.fresh)} newly initialised"
+        f"from {config.train.init_from}: {len(filled.loaded)} arrays loaded, {len(filled.fresh)} "
+        "newly initialised"
         f"{_some(filled.fresh)}, {len(filled.ignored)} ignored{_some(filled.ignored)}"
     )
     return filled
@@ -198,7 +205,9 @@ def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def _check_workdir(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
 ) -> None:
-    """An existing workdir is resumed if it is this run's, replaced if asked for, and else left alone."""
+    """An existing workdir is resumed if it is this run's, replaced if asked for, and else left
+    alone.
+    """
     if not workdir.exists():
         return files.check_output(workdir, overwrite=False)
     recorded = workdir / "config.json"
@@ -218,7 +227,8 @@ def _check_workdir(
     ]
     if changed:
         raise ValueError(
-            f"{workdir} was begun with another config ({'; '.join(changed)}): choose another --workdir, or pass "
+            f"{workdir} was begun with another config ({'; '.join(changed)}): choose another "
+            "--workdir, or pass "
             "--overwrite to start again"
         )
     return None
@@ -234,13 +244,15 @@ def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathli
     frozen = optimizers.frozen_paths(like.params, tuple(config.train.freeze))
     flat = trees.flatten(like.params)
     still = sum(math.prod(flat[path].shape) for path in frozen)
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in itertools.chain(*map(jax.tree.leaves, (
-        like.params, like.opt_state, like.ema_params or ()))))  # fmt: skip
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     print(
-        f"{mesh.size} × {devices[0].device_kind} as {dict(mesh.shape)}; {'π0.5' if model.pi05 else 'π0'} of "
-        f"{total:,} parameters ({still:,} frozen), computed in {model.dtype}; state {size / 1e6:,.1f} MB\n"
+        f"{mesh.size} × {devices[0].device_kind} as {dict(mesh.shape)}; "
+        f"{'π0.5' if model.pi05 else 'π0'} of "
+        f"{total:,} parameters ({still:,} frozen), computed in {model.dtype}; state "
+        f"{size / 1e6:,.1f} MB\n"
         f"data {dataset.path}: {len(pipeline.train_episodes)} episodes to train on, "
-        f"{len(pipeline.held_out_episodes)} held out, {dataset.num_frames} frames in all; norm stats from "
+        f"{len(pipeline.held_out_episodes)} held out, {dataset.num_frames} frames in all; norm "
+        "stats from "
         f"{pipeline.norm_stats_from}\n"
         f"{config.train.num_steps} steps of {config.train.batch_size}; checkpoints in {workdir}"
     )

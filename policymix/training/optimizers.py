@@ -11,10 +11,11 @@ from policymix.structs import PyTree
 def schedule(
     *, learning_rate: float, final_learning_rate: float, warmup_steps: int, decay_steps: int
 ) -> optax.Schedule:
-    """Linear from learning_rate / (warmup_steps + 1) to its peak, then a cosine to the final one."""
+    """Linear from learning_rate / (warmup_steps + 1) to the peak, then a cosine to the final."""
     if decay_steps <= warmup_steps:
         raise ValueError(
-            f"decay_steps {decay_steps} counts from the start and must exceed warmup_steps {warmup_steps}"
+            f"decay_steps {decay_steps} counts from the start and must exceed warmup_steps "
+            f"{warmup_steps}"
         )
     return optax.warmup_cosine_decay_schedule(
         init_value=learning_rate / (warmup_steps + 1),
@@ -45,7 +46,7 @@ def frozen_paths(params: PyTree, freeze: Sequence[str]) -> list[str]:
 def freeze(
     optimizer: optax.GradientTransformation, params: PyTree, patterns: Sequence[str]
 ) -> optax.GradientTransformation:
-    """The optimizer on what is not frozen; frozen parameters get no update and no optimizer state."""
+    """The optimizer on what is not frozen; the frozen get no update and no optimizer state."""
     frozen = set(frozen_paths(params, patterns))
     if not frozen:
         return optimizer

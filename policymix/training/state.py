@@ -50,8 +50,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch.
 
-    The key is fold_in(root_key, step), so that a resumed run draws what the uninterrupted one would have.
-    ema ← ema_decay * ema + (1 - ema_decay) * params.
+    The key is fold_in(root_key, step), so that a resumed run draws what the uninterrupted one would
+    have. ema ← ema_decay * ema + (1 - ema_decay) * params.
 
     Returns:
       The next state, and {"loss", "grad_norm" (before clipping), "param_norm", and the loss's own}.

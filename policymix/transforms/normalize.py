@@ -53,7 +53,7 @@ def normalize(x, stats: NormStats, *, use_quantiles: bool):
 
 
 def unnormalize(x, stats: NormStats, *, use_quantiles: bool):
-    """The inverse of `normalize`; padded dimensions beyond the statistics pass through unchanged."""
+    """The inverse of `normalize`; dimensions beyond the statistics pass through unchanged."""
     d = min(x.shape[-1], len(stats.mean))
     head, tail = x[..., :d], x[..., d:]
     if use_quantiles:

@@ -11,7 +11,7 @@ def clean(text: str) -> str:
 
 
 def pi0(text: str) -> str:
-    """π0's prompt, and π0.5's where proprio is not written into it: the instruction and a newline."""
+    """π0's prompt, and π0.5's without proprio in it: the instruction and a newline."""
     return clean(text) + "\n"
 
 
@@ -19,8 +19,8 @@ def pi05(text: str, proprio: np.ndarray) -> str:
     """π0.5's prompt with discretised proprio.
 
     Args:
-      proprio: [p], normalised and not padded. Each value becomes its bin among 256 on [-1, 1); below -1 it is written
-        as -1 and from 1 on as 255, as OpenPI does.
+      proprio: [p], normalised and not padded. Each value becomes its bin among 256 on [-1, 1);
+        below -1 it is written as -1 and from 1 on as 255, as OpenPI does.
     """
     bins = np.digitize(proprio, _BINS) - 1
     return f"Task: {clean(text)}, State: {' '.join(map(str, bins))};\nAction: "

@@ -50,8 +50,14 @@ def test_the_workflow_from_data_to_a_mix(tmp_path):
         assert "step 4  " in out
     checkpoints = f"--checkpoints={tmp_path / '1' / '4'},{tmp_path / '2' / '4'}"
     succeeds("dump_validation.py", STATE, f"--output={tmp_path / 'val.npz'}", "--num_batches=3")
-    out = succeeds("mix.py", STATE, checkpoints, f"--validation={tmp_path / 'val.npz'}", "--method=greedy",
-                   f"--output={tmp_path / 'mix'}", "--config.mix.held_out=0.3")  # fmt: skip
+    out = succeeds(
+        "mix.py",
+        STATE,
+        checkpoints,
+        "--method=greedy",
+        f"--validation={tmp_path / 'val.npz'}",
+        f"--output={tmp_path / 'mix'}",
+    )
     assert "selection loss" in out
     assert "WARNING" not in out  # training held out what validation uses
     out = succeeds(
@@ -149,8 +155,8 @@ def test_a_pickle_as_validation_file_is_refused(tmp_path):
     )
     assert "a does not exist" in line
     checkpoint = oracle.step("pi0", "base")
-    line = fails("mix.py", STATE, f"--checkpoints={checkpoint},{checkpoint}", f"--validation={path}", "--method=greedy",
-                 f"--output={tmp_path / 'o'}")  # fmt: skip
+    arguments = (STATE, f"--checkpoints={checkpoint},{checkpoint}", "--method=greedy")
+    line = fails("mix.py", *arguments, f"--validation={path}", f"--output={tmp_path / 'o'}")
     assert "a pickle, which is never loaded" in line
 
 

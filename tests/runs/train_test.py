@@ -29,7 +29,9 @@ def debug_config(**settings):
 
 
 def run(config, workdir, **options):
-    """On one device: eight pretended ones share two cores, and most of these tests are not about them."""
+    """On one device: eight pretended ones share two cores, and most of these tests are not about
+    them.
+    """
     return train.train(config, workdir, devices=jax.devices()[:1], **options)
 
 
