@@ -1,6 +1,7 @@
 """Output that is either whole or absent, and JSON that says which file was wrong."""
 
 import contextlib
+import glob
 import json
 import os
 import pathlib
@@ -15,9 +16,9 @@ def check_output(
     path: pathlib.Path, *, overwrite: bool, inputs: tuple[pathlib.Path, ...] = ()
 ) -> None:
     """Raises before any work if `path` may not be written: it exists, or it overlaps an input."""
-    path = path.absolute()
+    path = path.resolve()  # also through links and "..": --overwrite must not replace an input
     for source in inputs:
-        source = source.absolute()
+        source = source.resolve()
         if path == source or path in source.parents or source in path.parents:
             raise ValueError(
                 f"output {path} overlaps the input {source}; inputs are never written to: choose "
@@ -44,6 +45,8 @@ def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
+    if path.exists() and not overwrite:  # before the work, where a killed run's old output is back
+        raise FileExistsError(f"output {path} exists; pass --overwrite to replace it")
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     partial.mkdir()
     try:
@@ -68,7 +71,7 @@ def _remove_leftovers(path: pathlib.Path) -> None:
     """Deletes partial directories of this output whose process is gone; puts a displaced old one
     back.
     """
-    for leftover in path.parent.glob(f".{path.name}{_PARTIAL}*"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
         pid, _, old = leftover.name.rpartition(_PARTIAL)[2].partition("-")
         if _alive(int(pid)) and int(pid) != os.getpid():
             continue

@@ -17,7 +17,9 @@ _SELECTION, _HELD_OUT, _MIX = "#7a9cc6", "#2f4b7c", "#d1495b"
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Columns aligned: the first to the left, the others to the right."""
+    """Columns, the first aligned to the left, the others to the right; empty ones are left out."""
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+    header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(row):

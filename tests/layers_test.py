@@ -40,7 +40,17 @@ FLOORS = (
     },
     {
         "": ("reports", "app"),
-        "runs": ("policies", "pipeline", "judge", "mix", "train", "offline_rl", "evaluate"),
+        "runs": (
+            "policies",
+            "pipeline",
+            "judge",
+            "mix",
+            "train",
+            "dump_validation",
+            "benchmark",
+            "offline_rl",
+            "evaluate",
+        ),
     },
 )
 FOREIGN = ("absl", "orbax", "tensorflow", "torch", "ml_collections", "tensorstore")

@@ -40,7 +40,7 @@ def load(path: pathlib.Path, held_out: float = 0.2) -> Validation:
     if not path.is_file():
         raise FileNotFoundError(f"validation file {path} does not exist")
     arrays = _read(path)
-    meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else {}
+    meta = _meta(arrays.pop("meta", None), path)
     numbers = sorted({int(name.split("/")[0]) for name in arrays if name.split("/")[0].isdigit()})
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(
@@ -50,6 +50,11 @@ def load(path: pathlib.Path, held_out: float = 0.2) -> Validation:
     batches = [_batch(arrays, i, path) for i in numbers]
     if "selection" in meta:
         chosen, held = meta["selection"], meta.get("held_out", [])
+        if len({*chosen, *held} & {*numbers}) < len([*chosen, *held]):
+            raise ValueError(
+                f"{path}: meta selects the batches {chosen} and holds out {held}; expected "
+                f"distinct numbers of the {len(numbers)} batches"
+            )
     else:
         count = min(max(1, round(held_out * len(batches))), len(batches)) if held_out > 0 else 0
         chosen, held = numbers[: len(batches) - count], numbers[len(batches) - count :]
@@ -81,6 +86,16 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def _meta(entry: np.ndarray | None, path: pathlib.Path) -> dict[str, Any]:
+    try:
+        meta = {} if entry is None else json.loads(str(entry))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the entry 'meta' is not readable JSON ({error})") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path}: the entry 'meta' is {meta!r}, expected a JSON object")
+    return meta
+
+
 def _is_pickle(path: pathlib.Path) -> bool:
     with path.open("rb") as file:
         return file.read(1) == b"\x80" or path.suffix in (".pkl", ".pickle")
@@ -107,7 +122,7 @@ def _batch(arrays: dict[str, np.ndarray], i: int, path: pathlib.Path) -> Batch:
             },
             proprio=get("state"),
             prompt_tokens=get("tokenized_prompt", required=False),
-            prompt_mask=get("tokenized_prompt_mask", required=False),
+            prompt_mask=get("tokenized_prompt_mask", required=f"{i}/tokenized_prompt" in arrays),
         ),
         actions,
     )

@@ -218,6 +218,11 @@ def _norm_stats(
     if rule not in ("equal", "pool", "average"):
         asset_id = known[0][1][0] if known else config.data.asset_id or "mixed"
         path = pathlib.Path(rule)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"config.mix.norm_stats is {rule!r}: expected equal, pool, average, or the path of "
+                "a norm_stats.json; there is no such file"
+            )
         return asset_id, assets.read_norm_stats(path / assets.NORM_STATS if path.is_dir() else path)
     if not known:
         return None

