@@ -42,6 +42,7 @@ FLOORS = (
         "": ("reports", "app"),
         "runs": (
             "policies",
+            "inputs",
             "pipeline",
             "judge",
             "mix",

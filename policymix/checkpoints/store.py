@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
 from policymix import files, trees
 from policymix.checkpoints import assets
@@ -91,18 +92,11 @@ def find_params(path: str | os.PathLike) -> pathlib.Path:
 def open_params(path: str | os.PathLike) -> dict[str, Any]:
     """The parameter tree with a `Leaf` for every array; nothing but metadata is read."""
     item = find_params(path)
-    metadata = ocp.PyTreeCheckpointer().metadata(item)
-    if metadata is None or metadata.item_metadata is None:
-        raise ValueError(
-            f"{item}: _METADATA is not readable; the checkpoint is truncated or not Orbax's"
-        )
-    stored = [
-        p
-        for p, leaf in trees.flatten(metadata.item_metadata.tree).items()
-        if hasattr(leaf, "shape")
-    ]
+    described = files.read_json(item / "_METADATA")
+    metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(item))
+    stored = [path for path, leaf in trees.flatten(metadata.tree).items() if hasattr(leaf, "shape")]
     ocdbt = (item / "manifest.ocdbt").exists()
-    driver = "zarr3" if files.read_json(item / "_METADATA").get("use_zarr3") else "zarr"
+    driver = "zarr3" if described.get("use_zarr3") else "zarr"
     context = tensorstore.Context()
     opened = {}
     for name in stored:

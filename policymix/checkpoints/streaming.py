@@ -1,7 +1,7 @@
 """Mixing straight from disk: one array of each input at a time, in blocks, never n trees.
 
-Sums are taken in float32 and rounded once to the output dtype. The same pass measures how far the
-inputs lie apart.
+Sums are taken in float32 (float64 for float64 inputs) and rounded once to the output dtype. The
+same pass measures how far the inputs lie apart.
 """
 
 import functools
@@ -61,9 +61,14 @@ def combine(
     for path, arrays in _read_ahead(flats, progress(list(by_path))):
         leaves = [flat[path] for flat in flats]
         out_dtype = dtype[path] if isinstance(dtype, Mapping) else dtype or widest(leaves)
-        params[path], leaf_gram, leaf_norm = _combine_arrays(
-            arrays, np.float32(by_path[path]), out_dtype
-        )
+        if not jnp.issubdtype(out_dtype, np.floating):
+            raise ValueError(
+                f"{names[0]}: {path!r} is {out_dtype}; only floating-point parameters can be mixed"
+            )
+        with np.errstate(all="ignore"):  # what is not finite is told below, by name
+            params[path], leaf_gram, leaf_norm = _combine_arrays(
+                arrays, np.asarray(by_path[path]), out_dtype
+            )
         if not np.isfinite(params[path]).all():
             raise _not_finite(path, arrays, names, out_dtype)
         gram += leaf_gram
@@ -98,15 +103,17 @@ def _combine_arrays(arrays: Sequence[np.ndarray], coefficients: np.ndarray, dtyp
     out = np.empty(arrays[0].shape, dtype)
     flat_out, flats = out.reshape(-1), [array.reshape(-1) for array in arrays]
     gram, square_norm = np.zeros((len(arrays),) * 2), 0.0
+    wide = np.dtype(jnp.promote_types(widest(arrays), np.float32))
+    coefficients = coefficients.astype(wide)
     # Scratch that stays in the cache: without it most of the time goes to memory that is used once.
-    total, product = np.empty((2, _BLOCK), np.float32)
-    apart = np.zeros((len(arrays), _BLOCK), np.float32)
+    total, product = np.empty((2, _BLOCK), wide)
+    apart = np.zeros((len(arrays), _BLOCK), wide)
     for block in _blocks(out.size):
         size = block.stop - block.start
-        first = flats[0][block].astype(np.float32, copy=False)
+        first = flats[0][block].astype(wide, copy=False)
         np.multiply(first, coefficients[0], out=total[:size])
         for k in range(1, len(flats)):
-            row = flats[k][block].astype(np.float32, copy=False)
+            row = flats[k][block].astype(wide, copy=False)
             np.multiply(row, coefficients[k], out=product[:size])
             np.add(total[:size], product[:size], out=total[:size])
             np.subtract(row, first, out=apart[k, :size])

@@ -110,7 +110,7 @@ def _batch(arrays: dict[str, np.ndarray], i: int, path: pathlib.Path) -> Batch:
     prefix = f"{i}/image/"
     cameras = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
     actions = get("actions")
-    for name in ("state", "actions"):
+    for name in ("state", "actions", *(f"image/{c}" for c in cameras)):
         if not np.isfinite(get(name)).all():
             raise ValueError(f"{path}: {name!r} of batch {i} holds NaN or infinity")
     masks = {c: get(f"image_mask/{c}", required=False) for c in cameras}

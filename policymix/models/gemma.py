@@ -75,6 +75,16 @@ def size(variant: str | Size | Mapping[str, int]) -> Size:
     return Size(**variant)
 
 
+def check_joint(sizes: Sequence[Size]) -> None:
+    """ValueError if these experts cannot attend jointly."""
+    shared = [(s.depth, s.num_heads, s.num_kv_heads, s.head_dim) for s in sizes]
+    if len(set(shared)) > 1:
+        raise ValueError(
+            "experts attend jointly, so they must share depth, num_heads, num_kv_heads and "
+            f"head_dim; got {' and '.join(map(str, shared))}"
+        )
+
+
 def suffix(expert: int) -> str:
     """What expert `expert` appends to its modules' names."""
     return f"_{expert}" if expert else ""
@@ -269,16 +279,6 @@ class Gemma(nn.Module):
     adaptive: tuple[bool, ...]
     vocab_size: int
     dtype: jnp.dtype
-
-    def __post_init__(self):
-        super().__post_init__()
-        shared = [(s.depth, s.num_heads, s.num_kv_heads, s.head_dim) for s in self.sizes]
-        if len(set(shared)) > 1:
-            raise ValueError(
-                "experts attend jointly, so they must share depth, num_heads, num_kv_heads and "
-                "head_dim; "
-                f"got {' and '.join(map(str, shared))}"
-            )
 
     def setup(self):
         self.embedder = Embedder(self.vocab_size, self.sizes[0].width)

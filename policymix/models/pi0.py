@@ -60,6 +60,7 @@ class Pi0Config:
 
         put("paligemma_variant", gemma.size(self.paligemma_variant))
         put("action_expert_variant", gemma.size(self.action_expert_variant))
+        gemma.check_joint((self.paligemma_variant, self.action_expert_variant))
         put("image_keys", tuple(self.image_keys))
         put("image_resolution", tuple(self.image_resolution))
         if self.discrete_state_input is None:
@@ -121,14 +122,12 @@ class Pi0(nn.Module):
             image = self.PaliGemma.img(_to_unit_range(observation.images[name]))
             tokens.append(image)
             valid.append(einops.repeat(observation.image_masks[name], "b -> b s", s=image.shape[1]))
-        if observation.prompt_tokens is not None and self.config.max_token_len:
+        if self.config.max_token_len:
             tokens.append(self.PaliGemma.llm.embed(observation.prompt_tokens))
             valid.append(observation.prompt_mask)
         if not tokens:
-            width = self.config.paligemma_variant.width
-            return jnp.zeros((batch_size, 0, width), self.config.dtype), jnp.zeros(
-                (batch_size, 0), bool
-            )
+            empty = (batch_size, 0)
+            return jnp.zeros((*empty, self.config.paligemma_variant.width)), jnp.zeros(empty, bool)
         return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
 
     def embed_suffix(self, observation: Observation, x_t, t):
@@ -244,12 +243,11 @@ def check_observation(config: Pi0Config, observation: Observation) -> None:
         require(f"the shape of image {name!r}", tuple(observation.images[name].shape), expected)
         mask = tuple(observation.image_masks[name].shape)
         require(f"the shape of the mask of image {name!r}", mask, (batch_size,))
-    if observation.prompt_tokens is not None and config.max_token_len:
-        if observation.prompt_mask is None:
-            raise ValueError("observation: prompt_mask is missing beside prompt_tokens")
-        for name in ("prompt_tokens", "prompt_mask"):
-            found = tuple(getattr(observation, name).shape)
-            require(f"the shape of {name}", found, (batch_size, config.max_token_len))
+    for name in ("prompt_tokens", "prompt_mask") if config.max_token_len else ():
+        if getattr(observation, name) is None:
+            raise ValueError(f"observation: {name} is missing (max_token_len 0 leaves prompts out)")
+        found = tuple(getattr(observation, name).shape)
+        require(f"the shape of {name}", found, (batch_size, config.max_token_len))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -324,8 +322,9 @@ def sample_actions(
     noise: Float[Array, "b h a"],
     num_flow_steps: int = 10,
 ) -> Float[Array, "b h a"]:
-    """Actions by Euler integration from `noise`; the prefix is encoded once and its keys and values
-    are reused.
+    """Actions by Euler integration from `noise`, with the prefix's keys and values computed once.
+
+    Under `jax.jit`, `config` and `num_flow_steps` are static arguments.
     """
     check_observation(config, observation)
     cache, valid = _apply(config, params, observation, method=Pi0.encode_prefix)

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -21,9 +20,9 @@ from policymix import files, metrics, reports, trees
 from policymix.checkpoints import assets, provenance, store, streaming
 from policymix.data import validation as validation_lib
 from policymix.mixing import rules, search
+from policymix.runs import inputs as inputs_lib
 from policymix.runs import judge as judge_lib
 from policymix.runs import policies
-from policymix.transforms import normalize
 
 CLOSED_FORM = ("average", "manual", "interpolate")
 BY_LOSS = ("inverse_loss", "greedy", "gradient_descent", "adaptive_gradient_descent")
@@ -45,18 +44,6 @@ class Request:
     dry_run: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """The checkpoints by their headers. `base` is the row of the base where there is one, always
-    row 0.
-    """
-
-    names: tuple[str, ...]
-    headers: tuple[Mapping[str, Any], ...]
-    base: int | None
-    norm_stats: tuple[tuple[str, normalize.Stats] | None, ...]
-
-
 def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
     """Mixes checkpoints into `request.output` and returns what its mix.json says.
 
@@ -69,11 +56,16 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
         pathlib.Path(p) for p in (*request.checkpoints, request.base, request.validation) if p
     )
     files.check_output(request.output, overwrite=request.overwrite, inputs=sources)
-    inputs = _open(config, request, method)
-    _norm_stats(
-        config, inputs, np.full(len(inputs.names), 1 / len(inputs.names))
-    )  # differences are told now
-    judge = _judge(config, request, method, inputs)
+    base = _base(config, request, method)
+    inputs = inputs_lib.open_inputs(
+        request.checkpoints,
+        base=base,
+        base_is_mixed=method == "interpolate",
+        asset_id=config.data.asset_id,
+    )
+    _norm_stats(config, inputs, rules.uniform(len(inputs.names)))  # what differs is told now
+    inputs.dtypes(config.mix.dtype, of_base=False)  # a misspelt dtype, too
+    judge = _judge(config, request, inputs)
     _print_plan(request, method, inputs, judge)
     if request.dry_run:
         print("dry run: nothing was read beyond headers, nothing was written")
@@ -165,96 +157,22 @@ def _method(config: ml_collections.ConfigDict, request: Request) -> str:
     return method
 
 
-def _open(config: ml_collections.ConfigDict, request: Request, method: str) -> Inputs:
-    """Reads all headers and compares them."""
-    base = request.base
+def _base(config: ml_collections.ConfigDict, request: Request, method: str) -> str:
+    """The base's path; "" where there is none."""
+    base = request.base or (config.train.init_from if method == "interpolate" else "")
     if method == "interpolate" and not base:
-        base = config.train.init_from
-        if not base:
-            raise ValueError(
-                "interpolate needs a base: pass --base, or a --config whose train.init_from names "
-                "it"
-            )
-    names = (base, *request.checkpoints) if base else request.checkpoints
-    headers = tuple(store.open_params(name) for name in names)
-    for name, header in zip(names[1:], headers[1:], strict=True):
-        if differs := trees.difference(headers[0], header, names=(names[0], name)):
-            raise ValueError(
-                f"{names[0]} and {name} are not the same "
-                f"architecture{_likely_cause(headers[0], header)}: "
-                f"{differs}"
-            )
-    asset_id = config.data.asset_id or None
-    return Inputs(
-        names, headers, 0 if base else None, tuple(assets.norm_stats_of(n, asset_id) for n in names)
-    )
-
-
-def _likely_cause(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """What most often lies behind two trees that differ, in brackets; nothing where it is not one
-    of these.
-    """
-    flats = trees.flatten(a), trees.flatten(b)
-    apart = flats[0].keys() ^ flats[1].keys()
-    if any("lora" in path for path in apart):
-        return " (one has LoRA parameters: merge them into it first)"
-    if {"state_proj/kernel", "time_mlp_in/kernel"} <= apart:
-        return " (one is a π0, the other a π0.5)"
-    projection = "action_in_proj/kernel"
-    if (
-        all(projection in flat for flat in flats)
-        and flats[0][projection].shape != flats[1][projection].shape
-    ):
-        return " (their action_dim differs)"
-    return ""
-
-
-def _norm_stats(
-    config: ml_collections.ConfigDict, inputs: Inputs, coefficients: np.ndarray
-) -> tuple[str, normalize.Stats] | None:
-    """The mix's one normalisation, by config.mix.norm_stats; None where the inputs have none."""
-    rule, given = config.mix.norm_stats, inputs.norm_stats
-    known = [(name, stats) for name, stats in zip(inputs.names, given, strict=True) if stats]
-    if rule not in ("equal", "pool", "average"):
-        asset_id = known[0][1][0] if known else config.data.asset_id or "mixed"
-        path = pathlib.Path(rule)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"config.mix.norm_stats is {rule!r}: expected equal, pool, average, or the path of "
-                "a norm_stats.json; there is no such file"
-            )
-        return asset_id, assets.read_norm_stats(path / assets.NORM_STATS if path.is_dir() else path)
-    if not known:
-        return None
-    if len(known) < len(given):
-        without = [name for name, stats in zip(inputs.names, given, strict=True) if not stats]
         raise ValueError(
-            f"{without[0]} has no norm stats, {known[0][0]} has; name the ones to use: "
-            "config.mix.norm_stats=PATH"
+            "interpolate needs a base: pass --base, or a --config whose train.init_from names it"
         )
-    asset_id, first = given[0]
-    differs = [
-        (name, d) for name, (_, stats) in known[1:] if (d := normalize.difference(first, stats))
-    ]
-    if not differs:
-        return asset_id, first
-    if rule == "equal":
-        name, how = differs[0]
-        raise ValueError(
-            f"norm stats of {inputs.names[0]} and {name} differ: {how}. One mix has one "
-            "normalisation: choose it with "
-            "--config.mix.norm_stats=pool (of all inputs' data), =average (kai0's rule), or =PATH"
-        )
-    merge = normalize.pool if rule == "pool" else normalize.average
-    if any("dimensions" in how or "keys" in how for _, how in differs):
-        raise ValueError(f"norm stats cannot be combined: {differs[0][0]}: {differs[0][1]}")
-    return asset_id, {
-        key: merge([stats[key] for _, (_, stats) in known], coefficients) for key in first
-    }
+    return base
+
+
+def _norm_stats(config: ml_collections.ConfigDict, inputs: inputs_lib.Inputs, coefficients):
+    return inputs.norm_stats(config.mix.norm_stats, coefficients, config.data.asset_id)
 
 
 def _judge(
-    config: ml_collections.ConfigDict, request: Request, method: str, inputs: Inputs
+    config: ml_collections.ConfigDict, request: Request, inputs: inputs_lib.Inputs
 ) -> judge_lib.Judge | None:
     """What measures losses, where there is validation data."""
     if not request.validation:
@@ -290,10 +208,7 @@ def _search(config, request, method, inputs, judge, losses) -> search.SearchResu
     elif method == "inverse_loss":
         found = search.SearchResult(rules.inverse_loss(selection, config.mix.power), math.nan, [])
     else:
-        params = [
-            _load(name, header)
-            for name, header in zip(inputs.names[skipped:], inputs.headers[skipped:], strict=True)
-        ]
+        params = [inputs.load(row) for row in inputs.mixed]
         objective = judge.objective(params)
         if method == "greedy":
             found = search.greedy(objective, n, losses=selection, clock=time.monotonic)
@@ -313,35 +228,15 @@ def _search(config, request, method, inputs, judge, losses) -> search.SearchResu
     return found._replace(coefficients=np.concatenate([np.zeros(skipped), found.coefficients]))
 
 
-def _load(name: str, header: Mapping[str, Any]) -> Any:
-    """A checkpoint on the device, all of it finite."""
-
-    def read(leaf):
-        array = leaf.read()
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name}: {leaf.path!r} holds NaN or infinity, so it cannot be mixed")
-        return jnp.asarray(array)
-
-    return jax.tree.map(read, dict(header))
-
-
 def _write(config, inputs, coefficients, judge, report, directory, started) -> None:
     """Mixes from disk into a directory in the making, and completes `report` with what only the mix
     can tell.
     """
-    first = trees.flatten(inputs.headers[0])
-    flats = [trees.flatten(header) for header in inputs.headers]
-    if config.mix.dtype:
-        dtype = np.dtype(jnp.dtype(config.mix.dtype))
-    elif report["method"] == "interpolate":
-        dtype = {path: leaf.dtype for path, leaf in first.items()}
-    else:
-        dtype = {path: streaming.widest([flat[path] for flat in flats]) for path in first}
     mixed = streaming.combine(
         inputs.headers,
         coefficients,
         inputs.names,
-        dtype=dtype,
+        dtype=inputs.dtypes(config.mix.dtype, of_base=report["method"] == "interpolate"),
         progress=lambda paths: metrics.progress(paths, "mixing"),
     )
     stats = _norm_stats(config, inputs, coefficients)
@@ -375,19 +270,12 @@ def _settings(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:
 
 
 def _print_plan(
-    request: Request, method: str, inputs: Inputs, judge: judge_lib.Judge | None
+    request: Request, method: str, inputs: inputs_lib.Inputs, judge: judge_lib.Judge | None
 ) -> None:
     devices = jax.devices()
     print(f"method {method} on {len(devices)} × {devices[0].device_kind} ({devices[0].platform})")
-    for k, (name, header) in enumerate(zip(inputs.names, inputs.headers, strict=True)):
-        leaves = jax.tree.leaves(header)
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        kinds = ", ".join(_count([str(leaf.dtype) for leaf in leaves]))
-        role = "base " if k == inputs.base else "input"
-        print(
-            f"  {role} {name}: {len(leaves)} arrays, {trees.num_params(header):,} parameters, "
-            f"{kinds}, {size / 1e6:,.1f} MB"
-        )
+    for line in inputs.summary():
+        print(f"  {line}")
     if judge:
         print(f"  {judge.summary()}")
         for warning in judge.warnings:

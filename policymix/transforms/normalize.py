@@ -97,13 +97,22 @@ def pool(stats: Sequence[NormStats], coefficients: np.ndarray) -> NormStats:
     between those of its parts; the outer ones are taken, so that nothing any input knew falls
     outside [-1, 1].
     """
+    if np.any(np.asarray(coefficients) < 0):
+        raise ValueError(
+            f"statistics cannot be pooled with the negative coefficients {list(coefficients)}: a "
+            "mixture of data has no negative parts; choose average, or the path of the ones to use"
+        )
+    counted = [s for c, s in zip(coefficients, stats, strict=True) if c > 0]
     mean = _weighted(stats, coefficients, "mean")
     second = sum(c * (s.std**2 + s.mean**2) for c, s in zip(coefficients, stats, strict=True))
     std = np.sqrt(np.maximum(second - mean**2, 0.0))
-    if any(s.q01 is None or s.q99 is None for s in stats):
+    if any(s.q01 is None or s.q99 is None for s in counted):
         return NormStats(mean, std)
     return NormStats(
-        mean, std, np.min([s.q01 for s in stats], axis=0), np.max([s.q99 for s in stats], axis=0)
+        mean,
+        std,
+        np.min([s.q01 for s in counted], axis=0),
+        np.max([s.q99 for s in counted], axis=0),
     )
 
 
@@ -112,6 +121,11 @@ def _weighted(stats: Sequence[NormStats], coefficients: np.ndarray, name: str) -
     if any(array is None for array in arrays):
         return None
     return sum(c * array for c, array in zip(coefficients, arrays, strict=True))
+
+
+def comparable(a: Stats, b: Stats) -> bool:
+    """Whether two sets of statistics describe the same keys in the same dimensions."""
+    return a.keys() == b.keys() and all(a[key].mean.shape == b[key].mean.shape for key in a)
 
 
 def difference(a: Stats, b: Stats) -> str | None:
