@@ -22,8 +22,10 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests
 
+# The numbers of the original programs once more, on XLA's full optimisation: the code that users run.
 test-slow: venv
 	$(BIN)/python -m pytest -m slow tests
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 -m "not slow" tests/models/pi0_test.py tests/mixing
 
 lint: venv
 	$(BIN)/ruff check .

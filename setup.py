@@ -21,7 +21,6 @@ setuptools.setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.0",
         "tensorstore>=0.1.80",
-        "etils[epath]>=1.12",
         "ml-collections>=1.1.0",
         "absl-py>=2.3",
         "numpy>=2.0",

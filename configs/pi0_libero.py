@@ -1,6 +1,7 @@
 r"""π0 on LIBERO, as OpenPI's config of the same name.
 
-Mix three fine-tunes with learned coefficients (float32 of three π0 needs about 40 GB of memory):
+Mix three fine-tunes with learned coefficients. By arithmetic, not by measurement: three trees in
+float32, their mix and its gradients are about 65 GB of device memory.
   python experiments/mix.py --config=configs/pi0_libero.py --method=gradient_descent \
     --checkpoints=run0/29999,run1/29999,run2/29999 --validation=libero_val.npz --output=mixed
 

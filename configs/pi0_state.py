@@ -8,13 +8,10 @@ dimensions. 1.2 M parameters, the same code as the 3 B one. `:debug` takes four 
 episodes that the tests use; PushT's state lacks the block, so nothing is learned there.
 """
 
-import pathlib
-
 import ml_collections
 
 from configs import common
 
-_PUSHT = pathlib.Path(__file__).resolve().parents[1] / "tests/testdata/lerobot/pusht_v30_video"
 _EXPERT = {
     "width": 128,
     "depth": 4,
@@ -46,7 +43,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.train.update({"learning_rate": 1e-3, "final_learning_rate": 1e-4, "save_every": 500})
     if common.parse_arg(arg):
-        config.data.path = str(_PUSHT)
+        config.data.path = str(common.PUSHT)
         config.train.update({"batch_size": 4, "num_steps": 4, "warmup_steps": 2, "decay_steps": 4})
         config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
     return config

@@ -8,8 +8,6 @@ every part of the program, not enough to drive a robot.
 """
 
 import pathlib
-import shutil
-import time
 
 from absl import flags
 
@@ -26,32 +24,28 @@ def main() -> None:
     from policymix import files, reports
     from policymix.runs import mix
 
-    started, output, config = time.monotonic(), pathlib.Path(_OUTPUT.value), _CONFIG.value
-    if _FRESH.value and output.exists():
-        shutil.rmtree(output)
+    output, config = pathlib.Path(_OUTPUT.value), _CONFIG.value
     config.mix.norm_stats = "pool"  # the two were trained with different statistics
     singles = tuple(str(_TESTDATA / name / "2000") for name in ("var1", "var2"))
     validation = str(_TESTDATA / "val_batches_b.npz")
+    fresh = flags.FLAGS.overwrite or _FRESH.value
     done = {}
     for method in mix.METHODS:
         directory = output / method
-        if not (directory / "mix.json").is_file():
+        if fresh or not (directory / "mix.json").is_file():
             print(f"\n== {method}")
             request = {"checkpoints": singles, "method": method, "validation": validation}
             if method == "manual":
                 request["coefficients"] = (0.7, 0.3)
             if method == "interpolate":
                 request |= {"checkpoints": singles[:1], "base": singles[1], "merge_ratios": (0.25,)}
-            if flags.FLAGS.dry_run:
-                request["dry_run"] = True
+            request |= {"overwrite": fresh, "dry_run": flags.FLAGS.dry_run}
             mix.mix(config, mix.Request(output=directory, **request))
         if not flags.FLAGS.dry_run:
             done[method] = files.read_json(directory / "mix.json")
     if done:
         print(f"\n{reports.methods_table(done)}")
-        print(
-            f"mixes and pictures (mix.png) in {output}; {time.monotonic() - started:.1f} s in all"
-        )
+        print(f"mixes and pictures (mix.png) in {output}")
 
 
 if __name__ == "__main__":

@@ -38,15 +38,7 @@ def run(main: Callable[[], None]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-    ) as error:
+    except Exception as error:  # a config file is a program, and may fail in any way
         if "--verbose" in argv:
             traceback.print_exc()
         _fail(f"flags: {_one_line(error)}")
@@ -60,8 +52,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _guarded(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING if _VERBOSE.value else logging.ERROR)
-    if _VERBOSE.value:  # our own details; those of Orbax would bury them
-        python_logging.getLogger("policymix").setLevel(python_logging.INFO)
+    # Our own words; those of Orbax would bury them.
+    level = python_logging.INFO if _VERBOSE.value else python_logging.WARNING
+    python_logging.getLogger("policymix").setLevel(level)
+    if _VERBOSE.value:
         return main()
     warnings.filterwarnings("ignore")
     try:
@@ -79,9 +73,8 @@ def _one_line(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    text = text.replace("\\n", " ").replace(
-        "\\'", "'"
-    )  # ml_collections passes on the repr of a message
+    # ml_collections passes on the repr of a message.
+    text = text.replace("\\n", " ").replace("\\'", "'")
     if "Traceback (most recent call last)" in text:  # a config file failed: its last line says why
         text = text.strip().splitlines()[-1].partition("Error: ")[2] or text
     return " ".join(text.split()) or type(error).__name__

@@ -6,27 +6,46 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _PARTIAL = ".partial-"
 
 
-def check_output(
-    path: pathlib.Path, *, overwrite: bool, inputs: tuple[pathlib.Path, ...] = ()
-) -> None:
-    """Raises before any work if `path` may not be written: it exists, or it overlaps an input."""
-    path = path.resolve()  # also through links and "..": --overwrite must not replace an input
-    for source in inputs:
-        source = source.resolve()
+def local(path: str | os.PathLike) -> pathlib.Path:
+    """An absolute path without "~", ".." or links, as every other function here expects it."""
+    return pathlib.Path(path).expanduser().resolve()
+
+
+def check_apart(path: pathlib.Path, inputs: Iterable[str | os.PathLike]) -> None:
+    """ValueError if writing `path` could touch an input, also through links and ".."."""
+    path = local(path)
+    for source in map(local, inputs):
         if path == source or path in source.parents or source in path.parents:
             raise ValueError(
                 f"output {path} overlaps the input {source}; inputs are never written to: choose "
-                "another --output"
+                "another output"
             )
+
+
+def check_output(
+    path: pathlib.Path, *, overwrite: bool, ours: Callable[[pathlib.Path], bool] | None = None
+) -> None:
+    """Raises before any work if `path` may not be written.
+
+    Args:
+      overwrite: whether what is there may be replaced.
+      ours: whether what is there was written by the same command; nothing else is ever replaced.
+    """
+    path = local(path)
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"output {path} exists; pass --overwrite to replace it, or choose another"
+        )
+    if path.exists() and ours and not ours(path):
+        raise FileExistsError(
+            f"output {path} exists and was not written by this command, so --overwrite does not "
+            "replace it; choose another, or remove it yourself"
         )
     parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -35,14 +54,13 @@ def check_output(
 
 @contextlib.contextmanager
 def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yields an empty directory beside `path` that takes its place once the block ends without an
-    error.
+    """Yields an empty directory that takes the place of `path` if the block ends without an error.
 
     A run that is killed leaves at most a hidden `.NAME.partial-PID`, which the next run of the same
     output removes; never a directory that looks complete. With `overwrite` the old directory stays
     until the new one is whole.
     """
-    path = path.absolute()
+    path = local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     if path.exists() and not overwrite:  # before the work, where a killed run's old output is back
@@ -68,17 +86,13 @@ def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[
 
 
 def _remove_leftovers(path: pathlib.Path) -> None:
-    """Deletes partial directories of this output whose process is gone; puts a displaced old one
-    back.
-    """
+    """Deletes what killed processes left of this output; an old one they displaced is put back."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
         pid, _, old = leftover.name.rpartition(_PARTIAL)[2].partition("-")
         if _alive(int(pid)) and int(pid) != os.getpid():
             continue
-        if (
-            old and not path.exists()
-        ):  # killed between the two renames: the old output is still the valid one
-            leftover.rename(path)
+        if old and not path.exists():
+            leftover.rename(path)  # killed between the two renames: the old output is the valid one
         else:
             shutil.rmtree(leftover)
 
@@ -94,9 +108,7 @@ def _alive(pid: int) -> bool:
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it: readers see the old content or all of
-    the new.
-    """
+    """Writes a file by renaming: readers see the old content or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:

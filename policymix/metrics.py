@@ -55,20 +55,37 @@ def read(path: pathlib.Path, *, before: float = math.inf) -> Iterator[dict[str, 
             yield row
 
 
+class Progress:
+    """A bar when stderr is a terminal, else about `lines` lines over the whole (0: none)."""
+
+    def __init__(self, what: str, total: int, *, lines: int = 10):
+        self._what, self._total, self._done = what, total, 0
+        self._every = max(1, math.ceil(total / lines)) if lines else 0
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(desc=what, total=total, leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif self._every and (self._done % self._every == 0 or self._done == self._total):
+            print(f"{self._what}: {self._done}/{self._total}", file=sys.stderr, flush=True)
+
+
 def progress(
     items: Iterable[_T], what: str, *, total: int | None = None, lines: int = 10
 ) -> Iterator[_T]:
-    """Passes items through, with a bar when stderr is a terminal.
-
-    Elsewhere it prints about `lines` lines over the whole, or none where the caller prints its own.
-    """
-    if total is None:
-        total = len(items)
-    if sys.stderr.isatty():
-        yield from tqdm.tqdm(items, desc=what, total=total, leave=False)
-        return
-    every = max(1, math.ceil(total / lines)) if lines else 0
-    for done, item in enumerate(items, 1):
-        yield item
-        if every and (done % every == 0 or done == total):
-            print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+    """Passes items through and shows how far they are."""
+    with Progress(what, len(items) if total is None else total, lines=lines) as shown:
+        for item in items:
+            yield item
+            shown.step()

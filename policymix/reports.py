@@ -5,13 +5,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 
 from policymix import files
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after the backend: there is no screen
 
 _SELECTION, _HELD_OUT, _MIX = "#7a9cc6", "#2f4b7c", "#d1495b"
 
@@ -69,23 +66,25 @@ def mix_table(report: Mapping[str, Any]) -> str:
 
 
 def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
-    """Whether the mix beats its best input on batches that chose nothing."""
-    singles = [loss.get("held_out") for loss in losses]
-    if any(single is None for single in singles) or any(not mix["loss"] for mix in mixes):
+    """Whether the mix beats the best input, both chosen by selection loss, on batches that chose
+    nothing; None where there are none.
+    """
+    if any(not loss or loss["held_out"] is None for loss in (*losses, *(m["loss"] for m in mixes))):
         return None
-    best = min(singles)
-    mix = min(mix["loss"]["held_out"] for mix in mixes)
-    word = "below" if mix < best else "above"
-    return (
-        f"held out, the mix is {abs(mix / best - 1):.2%} {word} the best single input "
-        f"({mix:.5f} against {best:.5f})"
+    single = min(losses, key=lambda loss: loss["selection"])["held_out"]
+    mix = min((m["loss"] for m in mixes), key=lambda loss: loss["selection"])["held_out"]
+    apart = mix / single - 1
+    word = (
+        "level with"
+        if abs(apart) < 5e-5
+        else f"{abs(apart):.2%} {'below' if apart < 0 else 'above'}"
     )
+    return f"held out, the mix is {word} the best single input ({mix:.5f} against {single:.5f})"
 
 
 def _save(figure, path: pathlib.Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
     files.write_whole(path, buffer.getvalue())
 
 
@@ -101,9 +100,9 @@ def draw_mix(report: Mapping[str, Any], path: pathlib.Path) -> None:
         panels.append(_draw_distances)
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(6 * columns, 3.8 * rows), squeeze=False, layout="constrained"
-    )
+    # No pyplot: a notebook's own backend and figures are not ours to change.
+    figure = matplotlib.figure.Figure(figsize=(6 * columns, 3.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         panel(axis, report, names)
     for axis in axes.flat[len(panels) :]:
@@ -148,8 +147,9 @@ def _draw_losses(axis, report, names) -> None:
 
 
 def _draw_history(axis, report, names) -> None:
-    steps = [row["step"] for row in report["history"]]
-    values = np.array([row["coefficients"] for row in report["history"]])
+    rows = [row for row in report["history"] if row.get("batch", 0) is not None]
+    steps = [row["step"] for row in rows]
+    values = np.array([row["coefficients"] for row in rows])
     for k in range(values.shape[1]):
         axis.plot(steps, values[:, k], marker=".", label=names[len(names) - values.shape[1] + k])
     axis.set_ylim(bottom=min(0, values.min()))
@@ -180,7 +180,8 @@ def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
     """mix.png of several merge ratios: the loss along the way from the fine-tuned checkpoint to the
     base.
     """
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     ratios = [mix["merge_ratio"] for mix in report["sweep"]]
     if report["sweep"][0]["loss"]:
         base, tuned = report["inputs"]
@@ -208,28 +209,20 @@ def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def methods_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Inputs and mixes of several methods on the same validation batches, one line each."""
-    first = reports["average"] if "average" in reports else next(iter(reports.values()))
-    names = labels([entry["path"] for entry in first["inputs"]])
+    first = next(iter(reports.values()))
+    paths = [entry["path"] for entry in first["inputs"]]
     losses = [entry["loss"] for entry in first["inputs"]]
     rows = [
-        [name, "", *map(_number, loss.values()), ""]
-        for name, loss in zip(names, losses, strict=True)
+        [name, "", *map(_number, loss.values())]
+        for name, loss in zip(labels(paths), losses, strict=True)
     ]
     for method, report in reports.items():
-        coefficients = dict(
-            zip((e["path"] for e in report["inputs"]), report["coefficients"], strict=True)
-        )
-        shown = " ".join(_number(coefficients[entry["path"]], ".3f") for entry in first["inputs"])
-        rows.append(
-            [method, shown, *map(_number, report["loss"].values()), f"{report['seconds']:.1f}"]
-        )
-    header = [
-        "",
-        f"coefficients ({', '.join(names)})",
-        "selection loss",
-        "held-out loss",
-        "seconds",
-    ]
+        # A base stands first among its inputs, so coefficients are found by path.
+        inputs = [entry["path"] for entry in report["inputs"]]
+        of = dict(zip(inputs, report["coefficients"], strict=True))
+        shown = " ".join(_number(of[path], ".3f") for path in paths)
+        rows.append([method, shown, *map(_number, report["loss"].values())])
+    header = ["", f"coefficients ({', '.join(labels(paths))})", "selection loss", "held-out loss"]
     best = min(reports, key=lambda method: reports[method]["loss"]["selection"])
     verdict = _verdict(losses, [reports[best]]) or "no batches were held out to judge it on"
     return f"{table(rows, header)}\nlowest on the selection batches: {best}; {verdict}"

@@ -2,7 +2,7 @@
 differences.
 
 A tree is a nested dict of arrays. A path is its keys joined by "/". Arithmetic accumulates in
-float32 (float64 where an input is float64) and rounds once to the output dtype.
+float32 (in float64 for float64 inputs if jax_enable_x64 is on) and rounds once to the output dtype.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +79,12 @@ def match(
       ValueError: a path without a rule, or a rule that no path uses (misspelt, or behind a wider
         one).
     """
-    compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    try:
+        compiled = [(re.compile(pattern), value) for pattern, value in rules]
+    except re.error as error:
+        raise ValueError(
+            f"{what}: {error.pattern!r} is not a regular expression: {error}"
+        ) from error
     values, used = {}, set()
     for path in paths:
         for index, (pattern, value) in enumerate(compiled):
@@ -100,8 +106,7 @@ def match(
         if any(pattern.fullmatch(path) for path in paths):
             raise ValueError(
                 f"{what}: earlier rules take every parameter that {pattern.pattern!r} matches, so "
-                "it is never used; "
-                "put the narrower rule first (jax.jit sorts the keys of a dict)"
+                "it is never used; put the narrower rule first (jax.jit sorts the keys of a dict)"
             )
         near = difflib.get_close_matches(pattern.pattern, paths, n=1, cutoff=0.0)
         hint = f"; the nearest path is {near[0]!r}" if near else ""
@@ -135,6 +140,7 @@ def combine_leaf(coefficients: Any, leaves: Sequence[Any], dtype: Any = None) ->
     """Σ_k c_k leaf_k for one array, accumulated in float32 or wider; `dtype` defaults to the widest
     input's.
     """
+    chex.assert_equal_shape(leaves)
     dtype = dtype or functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves])
     wide = jnp.promote_types(dtype, jnp.float32)
     total = sum(
@@ -276,9 +282,8 @@ def fill(initial: PyTree, loaded: PyTree, *, may_miss: Sequence[str] = ()) -> Fi
     refused = [p for p in fresh if not any(re.fullmatch(pattern, p) for pattern in may_miss)]
     if refused:
         raise ValueError(
-            f"the checkpoint lacks {_few(refused)}, which the model needs: check "
-            "config.model, "
-            "or name in config.train.init_missing what may keep its fresh values"
+            f"the checkpoint lacks {_few(refused)}, which the model needs: check config.model, or "
+            "name in config.train.init_missing what may keep its fresh values"
         )
     common = {path: leaf for path, leaf in old.items() if path in new}
     check_same({path: new[path] for path in common}, common, names=("the model", "the checkpoint"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -164,17 +165,23 @@ def test_an_output_that_exists_is_refused_before_any_work(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["in", "in/0", ".", "other/../in", "link"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_that_overlaps_an_input_is_refused(tmp_path, out, overwrite):
+def test_an_output_that_overlaps_an_input_is_refused(tmp_path, out):
     (tmp_path / "in").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "in")
     with pytest.raises(ValueError, match="overlaps the input .*/in"):
-        files.check_output(tmp_path / out, overwrite=overwrite, inputs=(tmp_path / "in",))
+        files.check_apart(tmp_path / out, [tmp_path / "in"])
 
 
 def test_an_output_beside_an_input_of_a_similar_name_is_fine(tmp_path):
-    files.check_output(tmp_path / "in2", overwrite=False, inputs=(tmp_path / "in",))
+    files.check_apart(tmp_path / "in2", [tmp_path / "in"])
+
+
+def test_only_ones_own_output_is_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(FileExistsError, match="not written by this command"):
+        files.check_output(tmp_path / "thesis", overwrite=True, ours=pathlib.Path.is_file)
+    files.check_output(tmp_path / "thesis", overwrite=True, ours=pathlib.Path.is_dir)
 
 
 def test_an_output_below_a_file_is_refused(tmp_path):

@@ -26,6 +26,7 @@ FLOORS = (
     {
         "": ("files", "sharding", "metrics", "hub"),
         "checkpoints": (
+            "layout",
             "assets",
             "store",
             "series",

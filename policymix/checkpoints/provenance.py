@@ -6,12 +6,13 @@ import hashlib
 import math
 import pathlib
 import resource
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from policymix.checkpoints import assets, store
+from policymix.checkpoints import assets, layout
 
 _ENDS = 65_536  # bytes hashed at both ends of a file
 
@@ -22,7 +23,7 @@ def fingerprint(checkpoint: str) -> str:
     Cheap at any size, and different for any two checkpoints that were written apart; it does not
     prove that every byte in between is whole.
     """
-    item, digest = store.find_params(checkpoint), hashlib.sha256()
+    item, digest = layout.find_params(checkpoint), hashlib.sha256()
     for path in sorted(p for p in item.rglob("*") if p.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(item)} {size}\n".encode())
@@ -37,17 +38,16 @@ def leaks(checkpoints: Sequence[str], meta: Mapping[str, Any] | None) -> list[st
     """A sentence for every checkpoint that was trained on some of the validation episodes."""
     found = []
     for checkpoint in checkpoints:
-        trained = assets.episodes_of(checkpoint)
-        if not meta or not trained or trained["fingerprint"] != meta.get("fingerprint"):
-            continue
-        shared = sorted(set(trained["episodes"]) & set(meta.get("episodes", ())))
-        if shared:
-            found.append(
-                f"{checkpoint} was trained on {len(shared)} of the {len(meta['episodes'])} "
-                "validation episodes "
-                f"({', '.join(map(str, shared[:8]))}{'…' if len(shared) > 8 else ''}): its loss "
-                "is not honest"
-            )
+        for training in assets.trainings_of(checkpoint):
+            if not meta or training["fingerprint"] != meta.get("fingerprint"):
+                continue
+            shared = sorted(set(training["episodes"]) & set(meta.get("episodes", ())))
+            if shared:
+                shown = ", ".join(map(str, shared[:8])) + ("…" if len(shared) > 8 else "")
+                found.append(
+                    f"{checkpoint} was trained on {len(shared)} of the {len(meta['episodes'])} "
+                    f"validation episodes ({shown}): its loss is not honest"
+                )
     return found
 
 
@@ -111,10 +111,15 @@ def _meaning(relative: np.ndarray, cosine: np.ndarray | None) -> str:
 def peak_memory_bytes() -> int:
     """The largest resident size this process has had."""
     status = pathlib.Path("/proc/self/status")
+    peak = None
     if status.exists():  # getrusage would count what the parent had before it started us
-        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        lines = status.read_text().splitlines()
+        peak = next((line for line in lines if line.startswith("VmHWM")), None)
+    if peak:
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def describe(checkpoint: str) -> dict[str, str]:

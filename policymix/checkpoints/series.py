@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from policymix import files
-from policymix.checkpoints import assets, store
+from policymix.checkpoints import assets, layout, store
 from policymix.training.state import TrainState
 from policymix.transforms.normalize import Stats
 
@@ -25,7 +24,7 @@ class Assets:
 
     asset_id: str
     norm_stats: Stats
-    episodes: dict[str, Any]  # {"fingerprint", "episodes", "path"} of the training data
+    trainings: list[dict[str, Any]]  # as `assets.trainings_of` gives them; its own dataset first
 
 
 class _AssetsHandler(ocp.AsyncCheckpointHandler):
@@ -39,7 +38,7 @@ class _AssetsHandler(ocp.AsyncCheckpointHandler):
     def save(self, directory, args: "_SaveAssets"):
         folder = pathlib.Path(directory) / args.value.asset_id
         assets.write_norm_stats(folder / assets.NORM_STATS, args.value.norm_stats)
-        files.write_json(folder / assets.EPISODES, args.value.episodes)
+        assets.write_episodes(folder / assets.EPISODES, args.value.trainings)
 
     def restore(self, directory, args: "_RestoreAssets | None" = None):
         raise ValueError(f"{directory}: read assets with checkpoints.assets, not through Orbax")
@@ -57,9 +56,16 @@ class _RestoreAssets(ocp.args.CheckpointArgs):
     """Orbax wants both registered before it accepts either."""
 
 
-def has_steps(workdir: pathlib.Path) -> bool:
-    """Whether a run left a whole checkpoint here."""
-    return any(p.name.isdigit() and (p / "train_state").is_dir() for p in workdir.glob("[0-9]*"))
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """The last whole step of a run, None if there is none. ValueError if it cannot be resumed."""
+    steps = layout.steps_of(workdir)
+    if steps and not (workdir / str(steps[-1]) / "train_state").is_dir():
+        raise ValueError(
+            f"{workdir / str(steps[-1])} has no train_state, so it cannot be resumed: start from "
+            "it with config.train.init_from in another --workdir, or pass --overwrite to begin "
+            "again"
+        )
+    return steps[-1] if steps else None
 
 
 class Series:
@@ -90,7 +96,7 @@ class Series:
 
     def save(self, state: TrainState, beside: Assets) -> None:
         """Starts writing `state` under its step; training goes on meanwhile."""
-        self._manager.save(
+        saved = self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
                 params=store.save_args(state.policy_params),
@@ -98,6 +104,10 @@ class Series:
                 assets=_SaveAssets(beside),
             ),
         )
+        if not saved:
+            raise OSError(
+                f"{self._manager.directory}: step {int(state.step)} exists and was not saved"
+            )
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState:
         """The latest state. `like` gives structure, shapes and dtypes (`jax.eval_shape`),
@@ -118,9 +128,8 @@ class Series:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(
                 f"{self._manager.directory}: step {self.latest} cannot be resumed "
-                f"({str(error).splitlines()[0]}); "
-                "it was saved by another model or optimizer, or is damaged: pass --overwrite to "
-                "start again"
+                f"({str(error).splitlines()[0]}); it was saved by another model or optimizer, or "
+                "is damaged: pass --overwrite to start again"
             ) from error
         params = store.from_item(restored.params)
         train = restored.train_state

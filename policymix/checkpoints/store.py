@@ -16,13 +16,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from etils import epath
 
 from policymix import files, trees
-from policymix.checkpoints import assets
+from policymix.checkpoints import assets, layout
 from policymix.structs import Params
 from policymix.transforms.normalize import Stats
 
+_ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # Orbax's words for what is stored as an array
 _CHUNK_BYTES = 64 * 2**20  # so that a reader can stream a leaf instead of holding it
 
 
@@ -58,45 +58,25 @@ class Leaf:
         return wait
 
 
-def find_params(path: str | os.PathLike) -> pathlib.Path:
-    """The Orbax item that holds the parameters: of a step directory, of `params` itself, or of a
-    mix's output.
-    """
-    if "://" in str(path):
-        raise ValueError(f"checkpoint {path} is remote; copy it to a local directory and give that")
-    path = pathlib.Path(path).absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    for candidate in (path, path / "params"):
-        if (candidate / "_METADATA").is_file():
-            return candidate
-    if (path / "model.safetensors").exists() or path.suffix == ".safetensors":
-        raise ValueError(
-            f"{path} is a safetensors checkpoint; an Orbax checkpoint is expected here"
-        )
-    steps = sorted(
-        int(p.name) for p in path.glob("[0-9]*") if p.name.isdigit() and (p / "params").exists()
-    )
-    if len(steps) == 1:
-        return find_params(path / str(steps[0]))
-    if steps:
-        raise ValueError(
-            f"{path} holds the steps {steps}; say which, for example {path / str(steps[-1])}"
-        )
-    raise ValueError(
-        f"{path} is not a checkpoint: expected a step directory with params/_METADATA, or that "
-        "params directory"
-    )
-
-
 def open_params(path: str | os.PathLike) -> dict[str, Any]:
     """The parameter tree with a `Leaf` for every array; nothing but metadata is read."""
-    item = find_params(path)
+    item = layout.find_params(path)
     described = files.read_json(item / "_METADATA")
-    metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(item))
-    stored = [path for path, leaf in trees.flatten(metadata.tree).items() if hasattr(leaf, "shape")]
+    try:
+        stored = [
+            "/".join(str(key["key"]) for key in entry["key_metadata"])
+            for entry in described["tree_metadata"].values()
+            if entry["value_metadata"]["value_type"] in _ARRAYS
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{item}/_METADATA does not describe an Orbax PyTree (no {error}); it is damaged, or "
+            "of a version that is not known here"
+        ) from error
     ocdbt = (item / "manifest.ocdbt").exists()
     driver = "zarr3" if described.get("use_zarr3") else "zarr"
+    # A chunk that is not there is a lost file, unless its writer left out chunks of zeros.
+    sparse = not described.get("store_array_data_equal_to_fill_value", False)
     context = tensorstore.Context()
     opened = {}
     for name in stored:
@@ -105,7 +85,10 @@ def open_params(path: str | os.PathLike) -> dict[str, Any]:
             kvstore = {"driver": "ocdbt", "base": kvstore}
         kvstore["path"] = ("" if ocdbt else f"{item}/") + name.replace("/", ".") + "/"
         opened[name] = tensorstore.open(
-            {"driver": driver, "kvstore": kvstore}, read=True, open=True, context=context
+            {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": sparse},
+            read=True,
+            open=True,
+            context=context,
         )
     leaves = {}
     for name, future in opened.items():
@@ -165,7 +148,7 @@ def save_params(
 
     The directory appears whole or not at all. Raises FileExistsError if it is there already.
     """
-    path = pathlib.Path(path).absolute()
+    path = files.local(path)
     files.check_output(path, overwrite=False)
     with files.whole_directory(path) as partial:
         write_step(params, partial / "step", norm_stats, asset_id)

@@ -132,8 +132,7 @@ def _not_finite(path: str, arrays: Sequence[np.ndarray], names: Sequence[str], d
         if bad := int(np.size(array) - np.isfinite(array).sum()):
             return ValueError(
                 f"{name}: {path!r} holds {bad} values that are NaN or infinite; the checkpoint's "
-                "training diverged "
-                "or the file is damaged, so it cannot be mixed"
+                "training diverged or the file is damaged, so it cannot be mixed"
             )
     return ValueError(
         f"the mix of {path!r} does not fit into {np.dtype(dtype)}; choose a wider config.mix.dtype"

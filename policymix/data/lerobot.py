@@ -106,8 +106,8 @@ class Dataset:
             if not _is_readable(self.features[name]):
                 readable = [key for key, other in self.features.items() if _is_readable(other)]
                 raise ValueError(
-                    f"{self.path}: {name!r} has dtype {self.features[name]['dtype']}; this version "
-                    f"reads numeric and text features: {readable}"
+                    f"{self.path}: {name!r} has dtype {self.features[name]['dtype']}; this "
+                    f"version reads numeric and text features: {readable}"
                 )
             self._check_order()
             self._columns[name] = self._load(name)
@@ -175,7 +175,8 @@ class Dataset:
             if (wrong := np.flatnonzero(found != values)).size:
                 raise ValueError(
                     f"{self.path / 'data'}, out of order: row {wrong[0]} should have {name} "
-                    f"{values[wrong[0]]}, found {found[wrong[0]]}; rewrite the dataset with LeRobot"
+                    f"{values[wrong[0]]}, found {found[wrong[0]]}; rewrite the dataset with "
+                    "LeRobot"
                 )
             self._columns[name] = found
 
@@ -190,8 +191,8 @@ class Dataset:
         values = np.concatenate(parts)
         if name == "task_index" and (values.min() < 0 or values.max() >= len(self.tasks)):
             raise ValueError(
-                f"{self.path / 'data'}: task_index goes from {values.min()} to {values.max()}, but "
-                f"the table of tasks in {self.path / 'meta'} has {len(self.tasks)} rows"
+                f"{self.path / 'data'}: task_index goes from {values.min()} to {values.max()}, "
+                f"but the table of tasks in {self.path / 'meta'} has {len(self.tasks)} rows"
             )
         values.setflags(write=False)
         return values

@@ -24,8 +24,8 @@ def batch_indices(num_items: int, batch_size: int, seed: int, step: int) -> np.n
     """
     if num_items < 1 or batch_size < 1 or seed < 0 or step < 0:
         raise ValueError(
-            f"expected num_items >= 1, batch_size >= 1, seed >= 0 and step >= 0; got {num_items=}, "
-            f"{batch_size=}, {seed=}, {step=}"
+            "expected num_items >= 1, batch_size >= 1, seed >= 0 and step >= 0; got "
+            f"{num_items=}, {batch_size=}, {seed=}, {step=}"
         )
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, places = np.divmod(positions, num_items)

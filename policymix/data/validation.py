@@ -61,8 +61,7 @@ def load(path: pathlib.Path, held_out: float = 0.2) -> Validation:
     if not chosen:
         raise ValueError(
             f"{path}: holding out {held_out:.0%} of {len(batches)} batches leaves none to select "
-            "on; dump more batches, "
-            "or set config.mix.held_out=0 to select on all"
+            "on; dump more batches, or set config.mix.held_out=0 to select on all"
         )
     return Validation([batches[i] for i in chosen], [batches[i] for i in held], meta)
 
@@ -110,9 +109,10 @@ def _batch(arrays: dict[str, np.ndarray], i: int, path: pathlib.Path) -> Batch:
     prefix = f"{i}/image/"
     cameras = [name.removeprefix(prefix) for name in arrays if name.startswith(prefix)]
     actions = get("actions")
-    for name in ("state", "actions", *(f"image/{c}" for c in cameras)):
-        if not np.isfinite(get(name)).all():
-            raise ValueError(f"{path}: {name!r} of batch {i} holds NaN or infinity")
+    for name, array in (
+        (n.partition("/")[2], a) for n, a in arrays.items() if n.startswith(f"{i}/")
+    ):
+        _check_array(array, f"{path}: {name!r} of batch {i}", name.split("/")[0], len(actions))
     masks = {c: get(f"image_mask/{c}", required=False) for c in cameras}
     return Batch(
         Observation(
@@ -126,6 +126,30 @@ def _batch(arrays: dict[str, np.ndarray], i: int, path: pathlib.Path) -> Batch:
         ),
         actions,
     )
+
+
+_KINDS = {  # numpy's letters for the dtypes that an entry may have
+    "image": "uf",
+    "image_mask": "b",
+    "state": "f",
+    "tokenized_prompt": "iu",
+    "tokenized_prompt_mask": "b",
+    "actions": "f",
+}
+
+
+def _check_array(array: np.ndarray, what: str, entry: str, batch_size: int) -> None:
+    kinds, kind = _KINDS.get(entry, array.dtype.kind), array.dtype.kind
+    if kind not in kinds or (entry == "image" and kind == "u" and array.dtype != np.uint8):
+        raise ValueError(
+            f"{what} has dtype {array.dtype}; expected numpy kind {' or '.join(kinds)}"
+        )
+    if not array.ndim or len(array) != batch_size:
+        raise ValueError(f"{what} has shape {array.shape}; actions have {batch_size} examples")
+    if kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{what} holds NaN or infinity")
+    if kind == "f" and entry == "image" and np.abs(array).max(initial=0) > 1.01:
+        raise ValueError(f"{what} reaches {np.abs(array).max():.4g}; float pictures lie in [-1, 1]")
 
 
 def save(

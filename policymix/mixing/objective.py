@@ -10,11 +10,12 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from policymix import trees
+from policymix import trees as tree_lib
 from policymix.structs import LossFn, Params, PyTree
 
 Coefficients = Any  # [n] array, or {path regex: [n] array}
@@ -26,7 +27,7 @@ class Objective(NamedTuple):
     Attributes:
       value: (c, batch=None) → mean loss over all batches, or the loss of one batch by number.
       value_and_grad: (c, batch=None) → (loss, ∂loss/∂c with the structure of c).
-      num_batches: how many batches there are.
+      num_batches: how many batches there are; searches step through them.
     """
 
     value: Callable[..., jax.Array]
@@ -35,25 +36,25 @@ class Objective(NamedTuple):
 
 
 def in_memory(
-    loss_fn: LossFn, params: Sequence[Params], batches: Sequence[PyTree], key: jax.Array
+    loss_fn: LossFn, trees: Sequence[Params], batches: Sequence[PyTree], key: jax.Array
 ) -> Objective:
-    """The objective of checkpoints that all fit in memory. Trees may be sharded; batches may differ
-    in shape.
+    """The objective of checkpoints that fit in memory, whole or sharded; batches may differ in
+    shape.
 
     Every candidate meets the same noise: batch i is always evaluated with the same key, so that
     differences in loss are differences between models.
 
     Args:
       loss_fn: (params, batch, key) → (loss [], metrics).
-      params: n trees of equal structure.
+      trees: n parameter trees of equal structure.
       batches: validation batches, each as `loss_fn` takes them.
       key: one key, folded with the number of the batch; or an array of keys, one per batch, used as
         they are.
     """
     if not batches:
         raise ValueError("an objective needs at least one validation batch")
-    for index, tree in enumerate(params[1:], 1):
-        trees.check_same(params[0], tree, names=("checkpoint 0", f"checkpoint {index}"))
+    for index, tree in enumerate(trees[1:], 1):
+        tree_lib.check_same(trees[0], tree, names=("checkpoint 0", f"checkpoint {index}"))
     keys = list(
         key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batches)))
     )
@@ -62,7 +63,7 @@ def in_memory(
 
     def mean(function, c, batch):
         """The mean of function(θ(c), batch, key) over the chosen batches; the mix is made once."""
-        mixed = _combine(*_ordered(c), params)
+        mixed = _combine(*_ordered(c), trees)
         chosen = range(len(batches)) if batch is None else [batch]
 
         def evaluate(i):  # a clone: that the key is used again is meant
@@ -76,7 +77,7 @@ def in_memory(
     def value_and_grad(c, batch=None):
         value, grads = mean(_loss_and_grad, c, batch)
         groups, _ = _ordered(c)
-        dots = _project(groups, grads, params)
+        dots = _project(groups, grads, trees)
         return value, dict(zip(groups, dots, strict=True)) if isinstance(c, Mapping) else dots[0]
 
     return Objective(lambda c, batch=None: mean(_loss, c, batch), value_and_grad, len(batches))
@@ -99,26 +100,28 @@ def _ordered(coefficients: Coefficients) -> tuple[tuple[str, ...], list[jax.Arra
     sorted.
     """
     groups = coefficients if isinstance(coefficients, Mapping) else {".*": coefficients}
-    return tuple(groups), [jnp.asarray(c, jnp.float32) for c in groups.values()]
+    ordered = [jnp.asarray(c, jnp.float32) for c in groups.values()]
+    chex.assert_rank(ordered, 1)
+    return tuple(groups), ordered
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _combine(
     groups: tuple[str, ...], coefficients: Sequence[jax.Array], params: Sequence[Params]
 ) -> Params:
-    return trees.combine(dict(zip(groups, coefficients, strict=True)), params)
+    return tree_lib.combine(dict(zip(groups, coefficients, strict=True)), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _project(groups: tuple[str, ...], grads: Params, params: Sequence[Params]) -> list[jax.Array]:
     """∂L/∂c_k = ⟨∂L/∂θ, θ_k⟩ for every k, apart for each group of paths."""
-    flat_grads, flats = trees.flatten(grads), [trees.flatten(tree) for tree in params]
-    group_of = trees.match(
+    flat_grads, flats = tree_lib.flatten(grads), [tree_lib.flatten(tree) for tree in params]
+    group_of = tree_lib.match(
         [(g, i) for i, g in enumerate(groups)], list(flat_grads), what="coefficients"
     )
     totals = [jnp.zeros(len(flats), jnp.float32) for _ in groups]
     for path, grad in flat_grads.items():
-        totals[group_of[path]] += jnp.stack([trees.dot_leaf(grad, flat[path]) for flat in flats])
+        totals[group_of[path]] += jnp.stack([tree_lib.dot_leaf(grad, flat[path]) for flat in flats])
     return totals
 
 

@@ -27,7 +27,7 @@ class SearchResult(NamedTuple):
       loss: mean loss of the mix over all batches of the objective.
       history: one dict per step: step, loss, coefficients, evaluations (loss evaluations of one
         batch so far, a gradient counting as one), seconds (None without a clock), and what else the
-        method has to tell.
+        method has to tell. Rows whose `batch` is None judge a candidate on all batches.
     """
 
     coefficients: Coefficients
@@ -105,13 +105,16 @@ def gradient_descent(
         grad = jnp.stack([grad[g] for g in groups] if groups else [grad])
         history.evaluations += 1
         _check_finite(loss, grad, f"at iteration {iteration}, batch {batch}")
-        history.add(loss=float(loss), batch=batch, coefficients=_plain(c))
+        history.add(loss=float(loss), batch=batch, coefficients=_as_numpy(c))
         logits, opt_state = update(logits, opt_state, loss, grad)
         if (iteration + 1) % objective.num_batches == 0 or iteration + 1 == num_iterations:
             candidates.append(logits)
-    losses = [_full_loss(objective, coefficients(z), history) for z in candidates]
+    losses = []
+    for z in candidates:
+        losses.append(_full_loss(objective, coefficients(z), history))
+        history.add(loss=losses[-1], batch=None, coefficients=_as_numpy(coefficients(z)))
     best = int(np.argmin(losses))
-    return SearchResult(_plain(coefficients(candidates[best])), losses[best], history.rows)
+    return SearchResult(_as_numpy(coefficients(candidates[best])), losses[best], history.rows)
 
 
 def greedy(
@@ -152,7 +155,7 @@ def greedy(
 def _full_loss(objective: Objective, c: Coefficients, history: _History) -> float:
     loss = objective.value(c)
     history.evaluations += objective.num_batches
-    _check_finite(loss, 0.0, f"for coefficients {_plain(c)}")
+    _check_finite(loss, 0.0, f"for coefficients {_as_numpy(c)}")
     return float(loss)
 
 
@@ -164,6 +167,6 @@ def _check_finite(loss, grad, where: str) -> None:
         )
 
 
-def _plain(c: Coefficients) -> Coefficients:
+def _as_numpy(c: Coefficients) -> Coefficients:
     """Coefficients as numpy, groups in their order."""
     return {g: np.asarray(v) for g, v in c.items()} if isinstance(c, Mapping) else np.asarray(c)

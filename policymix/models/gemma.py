@@ -18,9 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-MASKED_LOGIT = (
-    -2.3819763e38
-)  # Gemma's choice: finite, so that a row with nothing to attend to is uniform, not NaN
+# Gemma's choice: finite, so that a row with nothing to attend to is uniform, not NaN.
+MASKED_LOGIT = -2.3819763e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +56,7 @@ _SIZES = {
 
 
 def size(variant: str | Size | Mapping[str, int]) -> Size:
-    """The size of a named variant, or one given by its six numbers ({"width": 128, "depth": 4,
-    ...}).
-    """
+    """The size of a named variant, or one given by its six numbers, {"width": 128, …}."""
     if isinstance(variant, Size):
         return variant
     if isinstance(variant, str):

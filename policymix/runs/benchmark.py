@@ -31,14 +31,14 @@ class Measurement(NamedTuple):
     peak: int | None = None
 
 
-def run(rows: Sequence[str]) -> str:
-    """Measures the named rows (all of them if none is named) and returns the table."""
+def run(config: pi0.Pi0Config, rows: Sequence[str]) -> str:
+    """Measures the named rows, or all, on a freshly initialised model; returns the table."""
     chosen = rows or list(ROWS)
     if unknown := [row for row in chosen if row not in ROWS]:
         raise ValueError(f"--rows: {unknown[0]!r} is not a row; there are {', '.join(ROWS)}")
     lines = []
     for row in chosen:
-        ours, theirs = ROWS[row]()
+        ours, theirs = ROWS[row](config)
         lines.append(
             [
                 row,
@@ -113,7 +113,7 @@ def _average_stacked(paths: list[str]) -> None:
         )
 
 
-def _row_average() -> tuple[Measurement, ...]:
+def _row_average(_: pi0.Pi0Config) -> tuple[Measurement, ...]:
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for k in range(3):
@@ -126,26 +126,14 @@ def _row_average() -> tuple[Measurement, ...]:
         return _interleaved(_apart(_average_streamed, paths), _apart(_average_stacked, paths))
 
 
-def _debug_policy():
-    config = pi0.Pi0Config(
-        "dummy",
-        "dummy",
-        "mu/28",
-        2,
-        512,
-        action_dim=8,
-        action_horizon=6,
-        max_token_len=16,
-        dtype="float32",
-    )
-    params = [pi0.init(config, jax.random.key(k)) for k in range(3)]
-    observation = pi0.example_observation(config, 2)
-    return config, params, Batch(observation, jnp.ones((2, 6, 8)))
+def _example(config: pi0.Pi0Config) -> Batch:
+    actions = jnp.ones((2, config.action_horizon, config.action_dim))
+    return Batch(pi0.example_observation(config, 2), actions)
 
 
-def _row_coefficient_gradient() -> tuple[Measurement, ...]:
+def _row_coefficient_gradient(config: pi0.Pi0Config) -> tuple[Measurement, ...]:
     """The gradient in three coefficients over four batches."""
-    config, params, batch = _debug_policy()
+    params, batch = [pi0.init(config, jax.random.key(k)) for k in range(3)], _example(config)
     loss_fn = functools.partial(pi0.loss, config)
     batches, key, c = [batch] * 4, jax.random.key(0), jnp.full(3, 1 / 3)
     ours = objective_lib.in_memory(loss_fn, params, batches, key)
@@ -157,9 +145,9 @@ def _row_coefficient_gradient() -> tuple[Measurement, ...]:
     )
 
 
-def _row_sampling() -> tuple[Measurement, ...]:
+def _row_sampling(config: pi0.Pi0Config) -> tuple[Measurement, ...]:
     """Ten flow steps with the prefix's keys and values kept, against ten whole passes."""
-    config, params, batch = _debug_policy()
+    params, batch = pi0.init(config, jax.random.key(0)), _example(config)
     noise = jnp.ones_like(batch.actions)
     kept = jax.jit(functools.partial(pi0.sample_actions, config))
 
@@ -169,13 +157,13 @@ def _row_sampling() -> tuple[Measurement, ...]:
         return flow.integrate(step, noise, 10)
 
     return _interleaved(
-        _here(lambda: kept(params[0], batch.observation, noise=noise)),
-        _here(lambda: whole(params[0], batch.observation, noise)),
+        _here(lambda: kept(params, batch.observation, noise=noise)),
+        _here(lambda: whole(params, batch.observation, noise)),
     )
 
 
 ROWS = {
-    "average of 3 Orbax checkpoints, 268 MB each, without writing": _row_average,
-    "gradient in 3 coefficients, 4 batches, 0.5 M parameters": _row_coefficient_gradient,
-    "sampling, 10 steps, 0.5 M parameters": _row_sampling,
+    "average": _row_average,  # of 3 Orbax checkpoints of 268 MB each, without writing
+    "gradient": _row_coefficient_gradient,  # in 3 coefficients, over 4 batches of 2
+    "sampling": _row_sampling,  # 2 action chunks, 10 flow steps
 }

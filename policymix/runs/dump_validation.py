@@ -5,6 +5,7 @@ import pathlib
 import ml_collections
 
 from policymix import files
+from policymix.checkpoints import assets
 from policymix.data import validation
 from policymix.runs import pipeline as pipeline_lib
 from policymix.runs import policies
@@ -29,7 +30,7 @@ def dump(
     """
     if num_batches < 1:
         raise ValueError(f"--num_batches is {num_batches}; at least 1 is needed")
-    files.check_output(output, overwrite=overwrite)
+    files.check_output(output, overwrite=overwrite, ours=pathlib.Path.is_file)
     model = policies.model_config(config, why="a validation file")
     pipeline = pipeline_lib.Pipeline(config, model)
     selection, held_out = pipeline.validation(
@@ -39,14 +40,12 @@ def dump(
         "path": str(pipeline.dataset.path),
         "fingerprint": pipeline.dataset.fingerprint(),
         "episodes": pipeline.held_out_episodes,
-        "norm_stats": pipeline.norm_stats_from,
-    }
+        "asset_id": pipeline.asset_id,
+    } | assets.norm_stats_json(pipeline.norm_stats)
     print(
         f"{pipeline.dataset.path}: {len(selection)} batches of {config.train.batch_size} to "
-        "select on and "
-        f"{len(held_out)} held out, from the episodes {pipeline.held_out_episodes}; norm stats "
-        "from "
-        f"{pipeline.norm_stats_from}"
+        f"select on and {len(held_out)} held out, from the episodes {pipeline.held_out_episodes}; "
+        f"norm stats from {pipeline.norm_stats_from}"
     )
     if dry_run:
         print("dry run: nothing was written")

@@ -33,7 +33,6 @@ class Inputs:
     headers: tuple[Mapping[str, Any], ...]
     base: int | None
     mixed: tuple[int, ...]
-    _stats: tuple[tuple[str, normalize.Stats] | None, ...]
 
     def norm_stats(
         self, rule: str, coefficients: np.ndarray, asset_id: str
@@ -43,14 +42,17 @@ class Inputs:
         Args:
           rule: "equal" (refuse if they differ), "pool", "average", or the path of the ones to use.
           coefficients: [n].
-          asset_id: for statistics from a path, where no input has any; may be "".
+          asset_id: which statistics to take where a checkpoint has several; "" takes those that the
+            last input has, so that a base with many follows the fine-tune.
         """
-        known = [(self.names[k], *self._stats[k]) for k in self.mixed if self._stats[k]]
         if rule not in ("equal", "pool", "average"):
-            return known[0][1] if known else asset_id or "mixed", _stats_at(rule)
+            return asset_id or self._only_asset_id() or "mixed", _stats_at(rule)
+        asset_id = asset_id or self._only_asset_id()
+        found = {self.names[k]: assets.norm_stats_of(self.names[k], asset_id) for k in self.mixed}
+        known = [(name, *stats) for name, stats in found.items() if stats]
         if not known:
             return None
-        if without := [self.names[k] for k in self.mixed if not self._stats[k]]:
+        if without := [name for name, stats in found.items() if not stats]:
             raise ValueError(
                 f"{without[0]} has no norm stats, {known[0][0]} has; name the ones to use with "
                 "--config.mix.norm_stats=PATH"
@@ -67,8 +69,14 @@ class Inputs:
         if rule == "equal":
             return first_id, first
         merge = normalize.pool if rule == "pool" else normalize.average
+        stats = [assets.norm_stats_of(self.names[k], asset_id)[1] for k in self.mixed]
         shares = np.asarray(coefficients)[list(self.mixed)]
-        return first_id, {key: merge([s[key] for _, _, s in known], shares) for key in first}
+        return first_id, {key: merge([s[key] for s in stats], shares) for key in first}
+
+    def _only_asset_id(self) -> str:
+        """The one asset id of the last input; "" where it has none or several."""
+        found = list(assets.find(self.names[-1], assets.NORM_STATS))
+        return found[0] if len(found) == 1 else ""
 
     def load(self, row: int) -> Params:
         """A checkpoint on the device. ValueError if it holds NaN or infinity."""
@@ -90,6 +98,11 @@ class Inputs:
         flats = [trees.flatten(self.headers[0])] if of_base else [
             trees.flatten(self.headers[k]) for k in self.mixed
         ]  # fmt: skip
+        if chosen not in ("", "float32", "bfloat16", "float16", "float64"):
+            raise ValueError(
+                f"config.mix.dtype is {chosen!r}; expected float32, bfloat16, float16 or float64, "
+                "or nothing for that of the inputs"
+            )
         if chosen:
             return dict.fromkeys(flats[0], np.dtype(jnp.dtype(chosen)))
         return {path: streaming.widest([flat[path] for flat in flats]) for path in flats[0]}
@@ -111,7 +124,7 @@ class Inputs:
 
 
 def open_inputs(
-    checkpoints: Sequence[str], *, base: str = "", base_is_mixed: bool = False, asset_id: str = ""
+    checkpoints: Sequence[str], *, base: str = "", base_is_mixed: bool = False
 ) -> Inputs:
     """Reads all headers and compares them; no array is read.
 
@@ -126,9 +139,8 @@ def open_inputs(
             raise ValueError(
                 f"{names[0]} and {name} are not the same architecture{cause}: {differs}"
             )
-    stats = tuple(assets.norm_stats_of(name, asset_id or None) for name in names)
     first = 1 if base and not base_is_mixed else 0
-    return Inputs(names, headers, 0 if base else None, tuple(range(first, len(names))), stats)
+    return Inputs(names, headers, 0 if base else None, tuple(range(first, len(names))))
 
 
 def _likely_cause(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from policymix import metrics, trees
-from policymix.checkpoints import store
+from policymix.checkpoints import assets, store
 from policymix.data.validation import Validation
 from policymix.mixing import objective as objective_lib
 from policymix.models import pi0
 from policymix.runs import policies
 from policymix.structs import Params
+from policymix.transforms import normalize
 
 
 class Judge:
@@ -44,15 +45,35 @@ class Judge:
             if batch.actions.shape[1:] != expected:
                 raise ValueError(
                     f"{self.path}: actions of batch {number} are {batch.actions.shape[1:]} "
-                    "(horizon, dimension), "
-                    f"config.model expects {expected}"
+                    f"(horizon, dimension), config.model expects {expected}"
+                )
+            tokens = batch.observation.prompt_tokens
+            if tokens is not None and tokens.max(initial=0) >= self.model.vocab_size:
+                raise ValueError(
+                    f"{self.path}: batch {number} has the prompt token {tokens.max()}, "
+                    f"config.model.vocab_size is {self.model.vocab_size}: it was written for "
+                    "another tokenizer"
                 )
             try:
                 jax.eval_shape(self._loss_fn, pi0.shapes(self.model), shapes, jax.random.key(0))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}: batch {number} does not fit config.model: {error}"
                 ) from error
+
+    def normalised_otherwise(self, checkpoints: Sequence[str]) -> list[str]:
+        """A sentence for every checkpoint whose norm stats are not those of the validation file."""
+        if "norm_stats" not in self.validation.meta:
+            return []
+        ours, found = assets.parse_norm_stats(self.validation.meta, str(self.path)), []
+        for name in checkpoints:
+            theirs = assets.norm_stats_of(name, self.validation.meta.get("asset_id"))
+            if theirs and (differs := normalize.difference(ours, theirs[1])):
+                found.append(
+                    f"{name} was trained with other norm stats than {self.path} was written with "
+                    f"({differs}): its loss is not comparable"
+                )
+        return found
 
     def each(self, checkpoints: Sequence[str]) -> list[dict[str, float | None]]:
         """The losses of checkpoints on disk, one in memory at a time."""
@@ -74,8 +95,7 @@ class Judge:
                 if not math.isfinite(value):
                     raise FloatingPointError(
                         f"{name}: the loss on the {which} batches of {self.path} is {value}; the "
-                        "checkpoint has NaN "
-                        "or does not belong to this config"
+                        "checkpoint has NaN or does not belong to this config"
                     )
                 result[which] = value
         return result

@@ -52,28 +52,70 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
     """
     started = time.monotonic()
     method = _method(config, request)
-    sources = tuple(
-        pathlib.Path(p) for p in (*request.checkpoints, request.base, request.validation) if p
-    )
-    files.check_output(request.output, overwrite=request.overwrite, inputs=sources)
     base = _base(config, request, method)
+    _check_output(config, request, base)
     inputs = inputs_lib.open_inputs(
-        request.checkpoints,
-        base=base,
-        base_is_mixed=method == "interpolate",
-        asset_id=config.data.asset_id,
+        request.checkpoints, base=base, base_is_mixed=method == "interpolate"
     )
-    _norm_stats(config, inputs, rules.uniform(len(inputs.names)))  # what differs is told now
-    inputs.dtypes(config.mix.dtype, of_base=False)  # a misspelt dtype, too
+    # What differs, and a misspelt dtype, are told before the work.
+    _norm_stats(config, inputs, _given(request, method, len(inputs.names)))
+    inputs.dtypes(config.mix.dtype, of_base=False)
     judge = _judge(config, request, inputs)
     _print_plan(request, method, inputs, judge)
     if request.dry_run:
-        print("dry run: nothing was read beyond headers, nothing was written")
+        print("dry run: nothing was computed, nothing was written")
         return {}
 
     losses = judge.each(inputs.names) if judge else [None] * len(inputs.names)
     found = _search(config, request, method, inputs, judge, losses)
-    describe = {
+    told = _describe(config, method, inputs, judge, losses)
+    with files.whole_directory(request.output, overwrite=request.overwrite) as partial:
+        if len(request.merge_ratios) > 1:
+            report = _write_sweep(config, request, inputs, judge, told, partial)
+        else:
+            told["history"] = [_jsonable(row) for row in found.history]
+            if method == "interpolate":
+                told["merge_ratio"] = float(found.coefficients[0])
+            report = _write(config, inputs, found.coefficients, judge, told, partial)
+        report["seconds"] = time.monotonic() - started
+        report["peak_memory_bytes"] = provenance.peak_memory_bytes()
+        files.write_json(partial / "mix.json", report)
+    print(reports.mix_table(report))
+    print(f"written to {request.output}")
+    return report
+
+
+def _check_output(config: ml_collections.ConfigDict, request: Request, base: str) -> None:
+    """The output may be written, replaces nothing but another mix, and touches no input."""
+    rule = config.mix.norm_stats
+    named = (*request.checkpoints, base, request.validation, rule)
+    files.check_apart(
+        request.output, [p for p in named if p and "://" not in p and pathlib.Path(p).exists()]
+    )
+    files.check_output(request.output, overwrite=request.overwrite, ours=_is_mix)
+
+
+def _is_mix(path: pathlib.Path) -> bool:
+    """Whether a mix wrote this directory; an empty one is as good."""
+    if not path.is_dir() or not any(path.iterdir()):
+        return path.is_dir()
+    told = path / "mix.json"
+    return told.is_file() and "policymix" in files.read_json(told)
+
+
+def _given(request: Request, method: str, n: int) -> np.ndarray:
+    """The coefficients as far as they are known before the search."""
+    if method == "manual":
+        c = rules.normalize(request.coefficients)
+        return np.concatenate([np.zeros(n - len(c)), c])
+    if method == "interpolate" and request.merge_ratios:
+        return np.array([request.merge_ratios[0], 1 - request.merge_ratios[0]])
+    return rules.uniform(n)
+
+
+def _describe(config, method: str, inputs: inputs_lib.Inputs, judge, losses) -> dict[str, Any]:
+    """What mix.json says whatever comes of the search."""
+    return {
         "version": 1,
         "policymix": importlib.metadata.version("policymix"),
         "jax": jax.__version__,
@@ -86,34 +128,8 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
         "base": inputs.base,
         "validation": judge.describe() if judge else None,
         "warnings": judge.warnings if judge else [],
+        "history": [],
     }
-    with files.whole_directory(request.output, overwrite=request.overwrite) as partial:
-        if method == "interpolate" and len(request.merge_ratios) > 1:
-            sweep = []
-            for ratio in request.merge_ratios:
-                name = f"merge_ratio={ratio:g}"
-                report = describe | {"merge_ratio": ratio, "history": []}
-                _write(
-                    config,
-                    inputs,
-                    np.array([ratio, 1 - ratio]),
-                    judge,
-                    report,
-                    partial / name,
-                    started,
-                )
-                sweep.append({"merge_ratio": ratio, "output": name, "loss": report["loss"]})
-            report = describe | {"sweep": sweep, "seconds": time.monotonic() - started}
-            files.write_json(partial / "mix.json", report)
-            reports.draw_sweep(report, partial / "mix.png")
-        else:
-            report = describe | {"history": [_plain(row) for row in found.history]}
-            if method == "interpolate":
-                report["merge_ratio"] = float(found.coefficients[0])
-            _write(config, inputs, found.coefficients, judge, report, partial, started)
-    print(reports.mix_table(report))
-    print(f"written to {request.output}")
-    return report
 
 
 def _method(config: ml_collections.ConfigDict, request: Request) -> str:
@@ -152,6 +168,12 @@ def _method(config: ml_collections.ConfigDict, request: Request) -> str:
             raise ValueError(f"--merge_ratio names a ratio twice: {list(request.merge_ratios)}")
     elif request.merge_ratios:
         raise ValueError(f"--merge_ratio goes with --method=interpolate; the method is {method}")
+    m = config.mix
+    if m.num_iterations < 1 or not m.learning_rate > 0 or not math.isfinite(m.power):
+        raise ValueError(
+            "config.mix: num_iterations must be at least 1, learning_rate positive and power "
+            f"finite, got {m.num_iterations}, {m.learning_rate} and {m.power}"
+        )
     if method in BY_LOSS and not request.validation:
         raise ValueError(f"{method} needs validation batches: pass --validation=FILE.npz")
     return method
@@ -186,8 +208,8 @@ def _judge(
         )
     judge = judge_lib.Judge(model, path, validation_lib.load(path, held_out), config.mix.seed)
     judge.check(inputs.names[0], inputs.headers[0])
-    for warning in provenance.leaks(inputs.names, judge.validation.meta):
-        judge.warnings.append(warning)
+    judge.warnings += provenance.leaks(inputs.names, judge.validation.meta)
+    judge.warnings += judge.normalised_otherwise([inputs.names[k] for k in inputs.mixed])
     return judge
 
 
@@ -211,51 +233,79 @@ def _search(config, request, method, inputs, judge, losses) -> search.SearchResu
         params = [inputs.load(row) for row in inputs.mixed]
         objective = judge.objective(params)
         if method == "greedy":
-            found = search.greedy(objective, n, losses=selection, clock=time.monotonic)
-        else:
-            steps = config.mix.num_iterations
-            shown = metrics.progress(range(steps), method, total=steps)
-            found = search.gradient_descent(
-                objective,
-                n,
-                learning_rate=config.mix.learning_rate,
-                num_iterations=steps,
-                adaptive=method == "adaptive_gradient_descent",
-                observe=lambda _: next(shown, None),
-                clock=time.monotonic,
+
+            def show(row):
+                print(f"greedy: {row['chosen']} has loss {row['loss']:.5f}")
+
+            found = search.greedy(
+                objective, n, losses=selection, observe=show, clock=time.monotonic
             )
-            next(shown, None)  # closes the bar
+        else:
+            with metrics.Progress(method, config.mix.num_iterations) as shown:
+                found = search.gradient_descent(
+                    objective,
+                    n,
+                    learning_rate=config.mix.learning_rate,
+                    num_iterations=config.mix.num_iterations,
+                    adaptive=method == "adaptive_gradient_descent",
+                    observe=lambda row: row["batch"] is None or shown.step(),
+                    clock=time.monotonic,
+                )
     return found._replace(coefficients=np.concatenate([np.zeros(skipped), found.coefficients]))
 
 
-def _write(config, inputs, coefficients, judge, report, directory, started) -> None:
-    """Mixes from disk into a directory in the making, and completes `report` with what only the mix
-    can tell.
+def _write(
+    config: ml_collections.ConfigDict,
+    inputs: inputs_lib.Inputs,
+    coefficients: np.ndarray,
+    judge: judge_lib.Judge | None,
+    told: Mapping[str, Any],
+    directory: pathlib.Path,
+) -> dict[str, Any]:
+    """Mixes from disk into a directory in the making; returns `told` with what only the mix can
+    tell.
     """
     mixed = streaming.combine(
         inputs.headers,
         coefficients,
         inputs.names,
-        dtype=inputs.dtypes(config.mix.dtype, of_base=report["method"] == "interpolate"),
+        dtype=inputs.dtypes(config.mix.dtype, of_base=told["method"] == "interpolate"),
         progress=lambda paths: metrics.progress(paths, "mixing"),
     )
-    stats = _norm_stats(config, inputs, coefficients)
-    asset_id, norm_stats = stats or (None, None)
+    asset_id, norm_stats = _norm_stats(config, inputs, coefficients) or (None, None)
     store.write_step(mixed.params, directory / "0", norm_stats, asset_id)
     if norm_stats is not None:
         assets.write_norm_stats(directory / assets.NORM_STATS, norm_stats)
-    report |= {
+    trainings = [t for k in inputs.mixed for t in assets.trainings_of(inputs.names[k])]
+    if trainings:
+        folder = directory / "0" / "assets" / (asset_id or "mixed")
+        assets.write_episodes(folder / assets.EPISODES, trainings)
+    report = dict(told) | {
         "coefficients": np.asarray(coefficients).tolist(),
         "loss": judge.losses("the mix", mixed.params) if judge else None,
-        "norm_stats": config.mix.norm_stats if stats else None,
+        "norm_stats": config.mix.norm_stats if norm_stats is not None else None,
         "dtypes": _count([str(leaf.dtype) for leaf in jax.tree.leaves(mixed.params)]),
         "num_params": trees.num_params(mixed.params),
         "geometry": provenance.geometry(mixed.gram, mixed.square_norm, base=inputs.base),
-        "seconds": time.monotonic() - started,
-        "peak_memory_bytes": provenance.peak_memory_bytes(),
     }
-    files.write_json(directory / "mix.json", report)
     reports.draw_mix(report, directory / "mix.png")
+    return report
+
+
+def _write_sweep(config, request, inputs, judge, told, directory: pathlib.Path) -> dict[str, Any]:
+    """One mix per merge ratio, each a directory like any other mix; returns the account of all."""
+    sweep = []
+    for ratio in request.merge_ratios:
+        name = f"merge_ratio={ratio:g}"
+        one = told | {"merge_ratio": ratio}
+        one = _write(config, inputs, np.array([ratio, 1 - ratio]), judge, one, directory / name)
+        files.write_json(directory / name / "mix.json", one)
+        sweep.append({"merge_ratio": ratio, "output": name, "coefficients": one["coefficients"]})
+        sweep[-1]["loss"] = one["loss"]
+    common = {key: one[key] for key in ("norm_stats", "dtypes", "num_params", "geometry")}
+    report = dict(told) | common | {"sweep": sweep}
+    reports.draw_sweep(report, directory / "mix.png")
+    return report
 
 
 def _settings(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:
@@ -287,7 +337,7 @@ def _count(names: Sequence[str]) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a search's history in JSON's words."""
     return {
         key: np.asarray(v).tolist() if isinstance(v, np.ndarray | jax.Array) else v

@@ -9,7 +9,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from policymix.checkpoints import assets
+from policymix import files
+from policymix.checkpoints import assets, layout
 from policymix.data import lerobot, loader, tokenizer
 from policymix.models import pi0
 from policymix.structs import Batch, Observation
@@ -25,21 +26,27 @@ class Pipeline:
       norm_stats: {"state", "actions"}; norm_stats_from: where they come from, in words.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, model: pi0.Pi0Config):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        model: pi0.Pi0Config,
+        resumed: pathlib.Path | None = None,
+    ):
+        """`resumed` is the step whose run goes on: its normalisation and data may not change."""
         data = config.data
         if not data.path:
             raise ValueError(
                 "config.data.path is empty: pass --config.data.path=DIRECTORY of a LeRobot dataset"
             )
-        if model.image_keys:
+        if model.image_keys and not data.mask_cameras:
             raise ValueError(
                 f"config.model.image_keys names the cameras {list(model.image_keys)}, and only "
-                "the numeric columns of "
-                "a dataset are read here; set config.model.image_keys to ()"
+                "the numeric columns of a dataset are read here; set config.model.image_keys to "
+                "(), or config.data.mask_cameras=True to train as if every camera were absent"
             )
         self.model, self._quantiles, self._seed = model, data.quantiles, config.train.seed
-        self.dataset = lerobot.open_dataset(data.path)
-        self.asset_id = data.asset_id or pathlib.Path(data.path).resolve().name
+        self.dataset = lerobot.open_dataset(files.local(data.path))
+        self.asset_id = data.asset_id or files.local(data.path).name
         self.train_episodes, self.held_out_episodes = loader.split_episodes(
             self.dataset.num_episodes, data.held_out, data.seed
         )
@@ -57,48 +64,70 @@ class Pipeline:
                 f"config.model.vocab_size is {model.vocab_size}; byte prompts need "
                 f"{self._tokenizer.vocab_size}"
             )
-        self.norm_stats, self.norm_stats_from = self._find_norm_stats(config)
+        self.norm_stats, self.norm_stats_from = self._find_norm_stats(config, resumed)
         self._check_dimensions()
+        if resumed:
+            self._check_same_data(resumed)
 
     def _chunks(self, episodes: Sequence[int]) -> loader.ActionChunks:
         return loader.ActionChunks(self.dataset, self.model.action_horizon, episodes, **self._keys)
 
-    def _find_norm_stats(self, config: ml_collections.ConfigDict) -> tuple[normalize.Stats, str]:
-        """Those named; else those of the checkpoint training starts from, so that the two can be
-        mixed; else new.
+    def _find_norm_stats(
+        self, config: ml_collections.ConfigDict, resumed: pathlib.Path | None
+    ) -> tuple[normalize.Stats, str]:
+        """Those of the run that goes on; else those named; else those of the checkpoint that
+        training starts from, so that the two can be mixed; else new ones.
         """
-        named = config.data.norm_stats
-        if named.endswith(".json"):
-            return assets.read_norm_stats(pathlib.Path(named)), named
-        source = named or config.train.init_from
+        named, asset_id = config.data.norm_stats, config.data.asset_id or None
+        if not resumed and named.endswith(".json"):
+            return assets.read_norm_stats(files.local(named)), named
+        source = str(resumed or named or config.train.init_from)
         if source:
-            found = assets.norm_stats_of(source, config.data.asset_id or None)
-            if found:
+            layout.find_params(
+                source
+            )  # one that is not there is an error, not a reason to compute new ones
+            if found := assets.norm_stats_of(source, asset_id):
                 return found[1], source
-            if named:
-                raise ValueError(f"config.data.norm_stats: {named} has no norm stats beside it")
+            if resumed or named:
+                raise ValueError(f"{source} has no norm stats beside it")
         arrays = self._train.statistics_arrays()
-        return {
-            key: normalize.compute(values) for key, values in arrays.items()
-        }, "the training episodes"
+        stats = {key: normalize.compute(values) for key, values in arrays.items()}
+        return stats, "the training episodes"
 
     def _check_dimensions(self) -> None:
-        for key, array in self._train.get(np.arange(1)).items():
+        sample = self._train.get(np.arange(1))
+        for key, array in ((key, sample[key]) for key in ("state", "actions")):
             if key not in self.norm_stats:
-                continue
+                raise ValueError(f"the norm stats of {self.norm_stats_from} lack {key!r}")
             d, known = array.shape[-1], len(self.norm_stats[key].mean)
             if d > self.model.action_dim:
                 raise ValueError(
                     f"{key!r} of {self.dataset.path} has {d} dimensions, config.model.action_dim "
-                    "is "
-                    f"{self.model.action_dim}: it must be at least as large"
+                    f"is {self.model.action_dim}: it must be at least as large"
                 )
             if d > known:
                 raise ValueError(
                     f"the norm stats of {self.norm_stats_from} have {known} dimensions for "
-                    f"{key!r}, "
-                    f"{self.dataset.path} has {d}: they belong to another robot"
+                    f"{key!r}, {self.dataset.path} has {d}: they belong to another robot"
                 )
+
+    def _check_same_data(self, resumed: pathlib.Path) -> None:
+        fingerprint = self.dataset.fingerprint()
+        known = [training["fingerprint"] for training in assets.trainings_of(resumed)]
+        if fingerprint not in known:
+            raise ValueError(
+                f"{self.dataset.path} is not what {resumed} was trained on (its content changed): "
+                "resume with the old data, or start from that checkpoint with "
+                "config.train.init_from in another --workdir"
+            )
+
+    def training(self) -> dict[str, Any]:
+        """What is recorded beside a checkpoint of what it was trained on."""
+        return {
+            "path": str(self.dataset.path),
+            "fingerprint": self.dataset.fingerprint(),
+            "episodes": [int(episode) for episode in self.train_episodes],
+        }
 
     def batch(self, step: int, batch_size: int) -> Batch:
         """Training batch number `step`: a function of the seed and the step alone."""
@@ -130,8 +159,7 @@ class Pipeline:
         if len(chunks) < batch_size:
             raise ValueError(
                 f"the held-out episodes {list(episodes)} have {len(chunks)} frames, fewer than "
-                "one batch of "
-                f"{batch_size}: lower config.train.batch_size, or hold out more with "
+                f"one batch of {batch_size}: lower config.train.batch_size, or hold out more with "
                 "config.data.held_out"
             )
         order = np.random.default_rng(self._seed).permutation(len(chunks))
@@ -155,7 +183,10 @@ class Pipeline:
             else:
                 texts = [prompts.pi0(text) for text in raw["prompt"]]
             tokens, mask = self._tokenizer.encode(texts)
-        return Batch(Observation({}, {}, self._pad(state), tokens, mask), self._pad(actions))
+        size, cameras = len(state), self.model.image_keys
+        black = np.zeros((size, *self.model.image_resolution, 3), np.uint8)
+        images, masks = dict.fromkeys(cameras, black), dict.fromkeys(cameras, np.zeros(size, bool))
+        return Batch(Observation(images, masks, self._pad(state), tokens, mask), self._pad(actions))
 
     def _pad(self, array: np.ndarray) -> np.ndarray:
         """Zeros up to the model's action dimension."""

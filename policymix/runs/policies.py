@@ -16,8 +16,7 @@ def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Confi
     if not fields:
         raise ValueError(
             f"{why} needs a model, and config.model is empty: pass --config=configs/NAME.py of "
-            "the policy that the "
-            "checkpoints belong to, for example configs/pi05_libero.py"
+            "the policy that the checkpoints belong to, for example configs/pi05_libero.py"
         )
     known = set(pi0.Pi0Config.__dataclass_fields__)
     if unknown := sorted(set(fields) - known):

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 
 from policymix import files, metrics, sharding, trees
-from policymix.checkpoints import series, store
+from policymix.checkpoints import assets, series, store
 from policymix.models import pi0
 from policymix.runs import pipeline as pipeline_lib
 from policymix.runs import policies
@@ -22,6 +22,7 @@ from policymix.training import optimizers
 from policymix.training import state as state_lib
 from policymix.training.state import TrainState
 
+_SECTIONS = ("model", "data", "train")  # of the config, as recorded beside a run
 # What a resumed run may change without becoming another run.
 _FREE = ("num_steps", "log_every", "save_every", "keep_period", "max_to_keep", "fsdp_devices")
 
@@ -44,9 +45,12 @@ def train(
       ValueError, OSError: bad config, data or workdir. FloatingPointError: the loss is not finite.
     """
     model = policies.model_config(config, why="training")
-    pipeline = pipeline_lib.Pipeline(config, model)
-    workdir = workdir.absolute()
+    workdir = files.local(workdir)
+    _check_settings(config.train)
     _check_workdir(config, workdir, overwrite=overwrite)
+    latest = None if overwrite else series.latest_step(workdir)
+    resumed = None if latest is None else workdir / str(latest)
+    pipeline = pipeline_lib.Pipeline(config, model, resumed)
     mesh = sharding.mesh(config.train.fsdp_devices, devices)
     if config.train.batch_size % mesh.size:
         raise ValueError(
@@ -61,8 +65,7 @@ def train(
     places = sharding.parameters(mesh, like)
     _print_plan(config, model, pipeline, like, mesh, workdir)
     loss_fn = policies.loss_fn(model)
-    resuming = not overwrite and series.has_steps(workdir)
-    filled = None if resuming else _fill(config, like)
+    filled = None if resumed else _fill(config, like)
     if dry_run:
         jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
         print("dry run: nothing was computed, nothing was written")
@@ -74,9 +77,9 @@ def train(
         workdir, max_to_keep=config.train.max_to_keep, keep_period=config.train.keep_period or None
     )
     try:
-        if resuming:
+        if resumed:
             state = saved.restore(like, places)
-            print(f"resumed from step {saved.latest} of {workdir}")
+            print(f"resumed from step {latest} of {workdir}")
         else:
             params = _initial_params(filled, model, like, places, key)
             state = jax.jit(start, out_shardings=places)(params)
@@ -90,62 +93,81 @@ def train(
             donate_argnums=0,
             out_shardings=(places, sharding.replicated(mesh)),
         )
-        return _loop(config, workdir, pipeline, mesh, saved, state, step_fn)
+        ancestor = resumed or config.train.init_from
+        inherited = assets.trainings_of(ancestor) if ancestor else []
+        beside = series.Assets(
+            pipeline.asset_id, pipeline.norm_stats, [pipeline.training(), *inherited]
+        )
+        return _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn)
     finally:
         saved.close()
 
 
-def _loop(config, workdir, pipeline, mesh, saved, state, step_fn) -> TrainState:
+def _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn) -> TrainState:
     """The steps. Metrics are read one step late, so that the device never waits for the host."""
     root_key = jax.random.fold_in(
         jax.random.key(config.train.seed), 1
     )  # apart from the key of init
-    beside = series.Assets(
-        pipeline.asset_id,
-        pipeline.norm_stats,
-        {
-            "path": str(pipeline.dataset.path),
-            "fingerprint": pipeline.dataset.fingerprint(),
-            "episodes": [int(e) for e in pipeline.train_episodes],
-        },
-    )
     first, last = int(state.step), config.train.num_steps
     if first >= last:
         print(f"step {first} is reached already; config.train.num_steps is {last}")
         return state
     writer = metrics.Writer(workdir, resume_step=first)
-    pending, since, place = None, time.monotonic(), sharding.batch(mesh)
+    pending, logged, place = None, (first, time.monotonic()), sharding.batch(mesh)
     for step in metrics.progress(range(first, last), "training", lines=0):
         batch = jax.device_put(pipeline.batch(step, config.train.batch_size), place)
         state, values = step_fn(state, batch, root_key)
         if pending and (pending[0] % config.train.log_every == 0):
-            since = _log(writer, config, *pending, since)
+            logged = _log(writer, *pending, logged)
         pending = (step + 1, values)
         if (step + 1) % config.train.save_every == 0 or step + 1 == last:
             _check_finite(*pending)  # a diverged state is not worth keeping
             saved.save(state, beside)
-    _log(writer, config, *pending, since)
+    _log(writer, *pending, logged)
     writer.close()
     saved.wait()
     print(f"step {last} written to {workdir / str(last)}")
     return state
 
 
-def _log(writer, config, step: int, values, since: float) -> float:
+def _log(writer, step: int, values, last: tuple[int, float]) -> tuple[int, float]:
+    """Writes a line; `last` is the step and the time of the one before."""
     _check_finite(step, values)
     now = time.monotonic()
-    done = (step - 1) % config.train.log_every + 1
-    writer.write(step, dict(values) | {"steps_per_second": done / max(now - since, 1e-9)})
-    return now
+    rate = (step - last[0]) / max(now - last[1], 1e-9)
+    writer.write(step, dict(values) | {"steps_per_second": rate})
+    return step, now
 
 
 def _check_finite(step: int, values) -> None:
     if not math.isfinite(float(values["loss"])):
         raise FloatingPointError(
             f"the loss is {float(values['loss'])} at step {step}: lower "
-            "config.train.learning_rate, or look for "
-            "outliers in the data; the last checkpoint is intact"
+            "config.train.learning_rate, or look for outliers in the data; the last checkpoint "
+            "is intact"
         )
+
+
+def _check_settings(t: ml_collections.ConfigDict) -> None:
+    """ValueError for numbers that no run can have, before anything is created."""
+    for name in (
+        "batch_size",
+        "num_steps",
+        "log_every",
+        "save_every",
+        "max_to_keep",
+        "fsdp_devices",
+    ):
+        if t[name] < 1:
+            raise ValueError(f"config.train.{name} is {t[name]}; at least 1 is needed")
+    for name in ("seed", "warmup_steps", "keep_period", "weight_decay"):
+        if not t[name] >= 0:
+            raise ValueError(f"config.train.{name} is {t[name]}; it may not be negative")
+    for name in ("learning_rate", "final_learning_rate", "clip_norm"):
+        if not (0 <= t[name] < math.inf):
+            raise ValueError(f"config.train.{name} is {t[name]}; expected a number of at least 0")
+    if not 0 <= t.ema_decay < 1:
+        raise ValueError(f"config.train.ema_decay is {t.ema_decay}; expected 0 (off) to below 1")
 
 
 def _optimizer(config: ml_collections.ConfigDict, shapes: Any):
@@ -186,8 +208,8 @@ def _fill(config: ml_collections.ConfigDict, like: TrainState) -> trees.Filled |
     filled = trees.fill(like.params, header, may_miss=tuple(config.train.init_missing))
     print(
         f"from {config.train.init_from}: {len(filled.loaded)} arrays loaded, {len(filled.fresh)} "
-        "newly initialised"
-        f"{_some(filled.fresh)}, {len(filled.ignored)} ignored{_some(filled.ignored)}"
+        f"newly initialised{_some(filled.fresh)}, {len(filled.ignored)} "
+        f"ignored{_some(filled.ignored)}"
     )
     return filled
 
@@ -199,7 +221,7 @@ def _some(paths: list[str]) -> str:
 
 
 def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    return {section: config[section].to_dict() for section in ("model", "data", "train")}
+    return {section: config[section].to_dict() for section in _SECTIONS}
 
 
 def _check_workdir(
@@ -208,33 +230,42 @@ def _check_workdir(
     """An existing workdir is resumed if it is this run's, replaced if asked for, and else left
     alone.
     """
+    named = (config.train.init_from, config.data.path, config.data.norm_stats)
+    if overwrite or not workdir.exists():
+        files.check_apart(workdir, [p for p in named if p and "://" not in p])
     if not workdir.exists():
-        return files.check_output(workdir, overwrite=False)
-    recorded = workdir / "config.json"
-    if not recorded.is_file():
-        if any(workdir.iterdir()):
-            raise FileExistsError(
-                f"--workdir {workdir} exists and is not a run of train.py; choose another"
-            )
-        return None
+        files.check_output(workdir, overwrite=False)
+        return
+    if not any(workdir.iterdir()):
+        return
+    if not _is_run(workdir):
+        raise FileExistsError(
+            f"--workdir {workdir} exists and is not a run of train.py; choose another"
+        )
     if overwrite:
-        return None
-    old, new = (trees.flatten(c) for c in (files.read_json(recorded), _recorded(config)))
+        return
+    old, new = (
+        trees.flatten(c) for c in (files.read_json(workdir / "config.json"), _recorded(config))
+    )
     changed = [
         f"{path.replace('/', '.')}: {old.get(path)!r} then, {new.get(path)!r} now"
         for path in sorted(old.keys() | new.keys())
-        if _plain(old.get(path)) != _plain(new.get(path)) and path.split("/")[-1] not in _FREE
+        if _as_list(old.get(path)) != _as_list(new.get(path)) and path.split("/")[-1] not in _FREE
     ]
     if changed:
         raise ValueError(
             f"{workdir} was begun with another config ({'; '.join(changed)}): choose another "
-            "--workdir, or pass "
-            "--overwrite to start again"
+            "--workdir, or pass --overwrite to start again"
         )
-    return None
 
 
-def _plain(value: Any) -> Any:
+def _is_run(workdir: pathlib.Path) -> bool:
+    """Whether train.py made this directory: nothing else is resumed or replaced."""
+    recorded = workdir / "config.json"
+    return recorded.is_file() and set(files.read_json(recorded)) == set(_SECTIONS)
+
+
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FIELDS = ("mean", "std", "q01", "q99")
 _EPSILON = 1e-6
 
 
@@ -67,8 +68,8 @@ def unnormalize(x, stats: NormStats, *, use_quantiles: bool):
 def _quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
     if stats.q01 is None or stats.q99 is None:
         raise ValueError(
-            "quantile normalisation needs q01 and q99, which these norm stats lack; recompute the "
-            "statistics"
+            "quantile normalisation needs q01 and q99, which these norm stats lack; recompute "
+            "the statistics"
         )
     return stats.q01, stats.q99
 
@@ -84,9 +85,7 @@ def compute(values: np.ndarray) -> NormStats:
 
 def average(stats: Sequence[NormStats], coefficients: np.ndarray) -> NormStats:
     """Σ_k c_k of every number, standard deviations too: kai0's rule, kept for comparison."""
-    return NormStats(
-        *(_weighted(stats, coefficients, name) for name in ("mean", "std", "q01", "q99"))
-    )
+    return NormStats(*(_weighted(stats, coefficients, name) for name in FIELDS))
 
 
 def pool(stats: Sequence[NormStats], coefficients: np.ndarray) -> NormStats:
@@ -99,8 +98,9 @@ def pool(stats: Sequence[NormStats], coefficients: np.ndarray) -> NormStats:
     """
     if np.any(np.asarray(coefficients) < 0):
         raise ValueError(
-            f"statistics cannot be pooled with the negative coefficients {list(coefficients)}: a "
-            "mixture of data has no negative parts; choose average, or the path of the ones to use"
+            "statistics cannot be pooled with the negative coefficients "
+            f"{[float(c) for c in coefficients]}: a mixture of data has no negative parts; choose "
+            "average, or the path of the ones to use"
         )
     counted = [s for c, s in zip(coefficients, stats, strict=True) if c > 0]
     mean = _weighted(stats, coefficients, "mean")
@@ -135,7 +135,7 @@ def difference(a: Stats, b: Stats) -> str | None:
     if a.keys() != b.keys():
         return f"keys {sorted(a)} and {sorted(b)}"
     for key in a:
-        for field in ("mean", "std", "q01", "q99"):
+        for field in FIELDS:
             mine, other = getattr(a[key], field), getattr(b[key], field)
             if mine is None and other is None:
                 continue

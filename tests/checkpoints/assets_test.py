@@ -65,10 +65,10 @@ def test_an_asset_id_may_contain_slashes(tmp_path, asset_id):
 
 def test_several_asset_ids_need_a_choice(tmp_path):
     step = step_with(tmp_path, "a/one", "two")
-    with pytest.raises(ValueError, match=r"\['a/one', 'two'\]; choose one with config.data.asset"):
+    with pytest.raises(ValueError, match="a/one, two; choose one with --config.data.asset_id"):
         assets.norm_stats_of(step)
     assert assets.norm_stats_of(step, "two")[1]["state"].mean[0] == 1.0
-    with pytest.raises(ValueError, match="not for asset_id 'three'"):
+    with pytest.raises(ValueError, match="choose one"):
         assets.norm_stats_of(step, "three")
 
 
@@ -106,8 +106,16 @@ def test_missing_norm_stats_name_their_file(tmp_path):
         assets.read_norm_stats(tmp_path / "nowhere.json")
 
 
-def test_episodes_of_a_checkpoint_from_elsewhere_are_unknown(tmp_path):
+def test_trainings_are_one_entry_per_dataset(tmp_path):
     step = step_with(tmp_path, "robot")
-    assert assets.episodes_of(step) is None
-    (step / "assets/robot" / assets.EPISODES).write_text('{"fingerprint": "f", "episodes": [1]}')
-    assert assets.episodes_of(step)["episodes"] == [1]
+    assert assets.trainings_of(step) == []  # a checkpoint from elsewhere
+    own = {"path": "here", "fingerprint": "f", "episodes": [3, 1]}
+    inherited = [
+        {"path": "there", "fingerprint": "f", "episodes": [2, 1]},
+        own | {"fingerprint": "g"},
+    ]
+    assets.write_episodes(step / "assets/robot" / assets.EPISODES, [own, *inherited])
+    assert assets.trainings_of(step) == [
+        own | {"episodes": [1, 2, 3]},
+        own | {"fingerprint": "g", "episodes": [1, 3]},
+    ]

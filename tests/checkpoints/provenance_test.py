@@ -1,6 +1,5 @@
 """Fingerprints, leaks of validation episodes, and distances between inputs in words."""
 
-import json
 import shutil
 
 import numpy as np
@@ -13,10 +12,8 @@ def _save(path, seed=0, episodes=None):
     rng = np.random.default_rng(seed)
     store.save_params({"w": rng.standard_normal(300).astype(np.float32)}, path)
     if episodes is not None:
-        folder = path / "assets" / "robot"
-        folder.mkdir(parents=True)
-        record = {"fingerprint": "f", "episodes": episodes}
-        (folder / assets.EPISODES).write_text(json.dumps(record))
+        record = [{"fingerprint": "f", "episodes": episodes}]
+        assets.write_episodes(path / "assets" / "robot" / assets.EPISODES, record)
     return str(path)
 
 

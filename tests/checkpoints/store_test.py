@@ -86,12 +86,34 @@ def test_a_tree_that_ends_in_value_only_here_and_there_keeps_it(tmp_path):
 
 def test_headers_tell_shapes_and_dtypes_without_the_data(tmp_path):
     step = write(tmp_path / "7", {"params": small_tree(dtype=jnp.bfloat16)})
-    for file in (step / "params").rglob("d/*"):
-        assert file.stat().st_size  # there is data, which opening is not to need
+    for file in sorted((step / "params").rglob("d/*"), key=lambda f: f.stat().st_size)[-1:]:
+        file.write_bytes(b"")  # the data: opening is not to need it
     opened = trees.flatten(store.open_params(step))
     assert opened["attn/value/kernel"].shape == (2, 3)
     assert opened["attn/value/kernel"].dtype == jnp.bfloat16
     assert opened["scalar"].shape == ()
+
+
+@pytest.mark.parametrize("use_zarr3", [False, True])
+def test_a_chunk_that_is_gone_is_not_read_as_zeros(tmp_path, use_zarr3):
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=use_zarr3)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(tmp_path / "7" / "params", {"params": small_tree()})
+    assert_same(store.load_params(tmp_path / "7"), small_tree())
+    chunks = [p for p in (tmp_path / "7/params").rglob("*") if p.parent.name.startswith("params.")]
+    for chunk in (tmp_path / "7/params").glob("params.w/*"):
+        if not chunk.name.startswith((".", "zarr")):
+            shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
+    assert chunks
+    with pytest.raises(ValueError, match="cannot read 'params/w'"):
+        store.load_params(tmp_path / "7")
+
+
+def test_metadata_of_another_kind_is_named(tmp_path):
+    step = write(tmp_path / "7", {"params": small_tree()})
+    (step / "params" / "_METADATA").write_text('{"tree": 1}')
+    with pytest.raises(ValueError, match="_METADATA does not describe an Orbax PyTree"):
+        store.load_params(step)
 
 
 def test_reading_casts_floating_point_leaves_on_request(tmp_path):

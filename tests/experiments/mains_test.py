@@ -119,7 +119,7 @@ def test_a_wrong_flag_is_one_line_with_a_suggestion(main):
     assert "overwrite" in fails(main, "--overwrit")
 
 
-@pytest.mark.parametrize("main", [m for m in MAINS if m != "benchmark.py"])
+@pytest.mark.parametrize("main", MAINS)
 def test_a_wrong_config_key_is_one_line_with_a_suggestion(main):
     line = fails(main, STATE, "--config.mix.learning_rat=1")
     assert 'Did you mean "learning_rate"' in line

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import common, pi0_libero, pi05_libero
-from policymix import trees
+from policymix import reports, trees
 from policymix.checkpoints import assets, store
 from policymix.data import validation
 from policymix.runs import mix
@@ -123,7 +123,7 @@ def test_methods_by_loss_write_the_mix_they_report(method, request_for, tmp_path
     if method == "greedy":
         assert report["loss"]["selection"] <= min(loss["selection"] for loss in inputs) + 1e-6
     if method == "gradient_descent":
-        assert [row["step"] for row in report["history"]] == list(range(6))
+        assert [row["batch"] for row in report["history"]] == [0, 1, 2, 0, 1, 2, None, None, None]
         assert report["history"][-1]["seconds"] > 0
 
 
@@ -311,6 +311,7 @@ def test_a_loss_that_is_not_finite_names_the_checkpoint(request_for, singles, tm
             {"merge_ratios": (0.5,), "method": "average"},
             "--merge_ratio goes with --method=interpolate",
         ),
+        ({"checkpoints": ("a", "")}, "does not exist|path is empty"),
         ({"validation": "/nowhere/val.npz"}, "/nowhere/val.npz does not exist"),
         ({"validation": __file__}, "not an .npz archive"),
     ],
@@ -319,6 +320,29 @@ def test_bad_requests_are_refused_before_any_work(fields, message, request_for, 
     with pytest.raises((ValueError, OSError), match=message):
         mix.mix(debug_config(), request_for(**fields))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate positive"),
+        ({"power": float("nan")}, "power finite"),
+        ({"dtype": "int8"}, "config.mix.dtype is 'int8'"),
+        ({"norm_stats": "pol"}, "expected equal, pool, average, or the path"),
+        ({"held_out": 1.0}, "config.mix.held_out is 1.0"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(settings, message, request_for, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        mix.mix(debug_config(**settings), request_for(validation=VALIDATION))
+    assert not (tmp_path / "out").exists()
+
+
+def test_negative_parts_cannot_be_pooled(request_for, tmp_path):
+    request = request_for(checkpoints=different_stats(tmp_path), coefficients=(2.0, -1.0, 0.5))
+    with pytest.raises(ValueError, match="cannot be pooled with the negative coefficients"):
+        mix.mix(debug_config(norm_stats="pool"), request)
 
 
 def test_interpolate_without_a_base_says_where_to_name_it(request_for):
@@ -358,6 +382,50 @@ def test_existing_output_stays_unless_overwritten(request_for, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_overwrite_replaces_nothing_but_a_mix(request_for, tmp_path):
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    (tmp_path / "out" / "sub" / "thesis.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="was not written by this command"):
+        mix.mix(common.get_config(), request_for(overwrite=True))
+    assert (tmp_path / "out" / "sub" / "thesis.txt").read_text() == "precious"
+
+
+def test_overwrite_does_not_replace_a_base_that_the_config_names(request_for, singles, tmp_path):
+    mix.mix(common.get_config(), request_for())
+    config = common.get_config()
+    config.train.init_from = str(tmp_path / "out")
+    with pytest.raises(ValueError, match="overlaps the input"):
+        mix.mix(config, request_for("var1", method="interpolate", overwrite=True))
+
+
+def test_paths_may_go_up_and_start_at_home(request_for, singles, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    up = pathlib.Path(singles["var1"]) / ".." / "2000"
+    mix.mix(common.get_config(), request_for(checkpoints=(str(up),), output=pathlib.Path("~/o")))
+    assert (tmp_path / "o" / "mix.json").exists()
+
+
+def test_a_base_with_statistics_of_many_robots_follows_the_fine_tune(
+    request_for, singles, tmp_path
+):
+    base = tmp_path / "base" / "1"
+    shutil.copytree(singles["base"], base)
+    other = assets.norm_stats_of(oracle.step("pi0", "var3"))[1]
+    assets.write_norm_stats(base / "assets/another_robot/norm_stats.json", other)
+    mix.mix(common.get_config(), request_for("var1", base=str(base)))
+    assert list(assets.find(tmp_path / "out", assets.NORM_STATS)) == ["fake_robot"]
+
+
+def test_the_verdict_is_about_the_ratio_chosen_on_the_selection_batches():
+    def loss(selection, held_out):
+        return {"loss": {"selection": selection, "held_out": held_out}}
+
+    inputs = [{"path": "a", **loss(2.0, 2.0)}, {"path": "b", **loss(3.0, 1.0)}]
+    sweep = [{"merge_ratio": 0.1, **loss(1.0, 1.5)}, {"merge_ratio": 0.9, **loss(1.9, 0.5)}]
+    table = reports.mix_table({"inputs": inputs, "sweep": sweep})
+    assert "the mix is 25.00% below the best single input (1.50000 against 2.00000)" in table
+
+
 def test_output_may_not_lie_in_an_input(request_for, singles):
     inside = pathlib.Path(singles["var1"]) / "mixed"
     with pytest.raises(ValueError, match="overlaps the input"):
@@ -387,9 +455,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(request_for, tmp_path, capsy
 def test_validation_episodes_in_a_training_set_are_told(request_for, singles, tmp_path):
     trained = tmp_path / "trained" / "1"
     shutil.copytree(singles["var1"], trained)
-    (trained / "assets/fake_robot/episodes.json").write_text(
-        '{"fingerprint": "f", "episodes": [1, 2, 3]}'
-    )
+    episodes = trained / "assets/fake_robot/episodes.json"
+    assets.write_episodes(episodes, [{"fingerprint": "f", "episodes": [1, 2, 3]}])
     batches = oracle.batches("pi0")
     validation.save(
         tmp_path / "val.npz", batches[:3], batches[3:], {"fingerprint": "f", "episodes": [3, 9]}
@@ -400,6 +467,24 @@ def test_validation_episodes_in_a_training_set_are_told(request_for, singles, tm
     report = mix.mix(debug_config(), request)
     (warning,) = report["warnings"]
     assert "trained on 1 of the 2 validation episodes (3)" in warning
+
+
+def test_validation_normalised_otherwise_is_told(request_for, tmp_path):
+    batches, other = oracle.batches("pi0"), assets.norm_stats_of(oracle.step("pi0", "var3"))[1]
+    validation.save(tmp_path / "val.npz", batches[:3], batches[3:], assets.norm_stats_json(other))
+    request = request_for("var1", "var2", validation=str(tmp_path / "val.npz"))
+    report = mix.mix(debug_config(), request)
+    assert len(report["warnings"]) == 2
+    assert "other norm stats" in report["warnings"][0]
+
+
+def test_a_mix_inherits_what_its_inputs_were_trained_on(request_for, singles, tmp_path):
+    trained = tmp_path / "trained" / "1"
+    shutil.copytree(singles["var1"], trained)
+    episodes = [{"path": "p", "fingerprint": "f", "episodes": [1, 2]}]
+    assets.write_episodes(trained / "assets/fake_robot/episodes.json", episodes)
+    mix.mix(common.get_config(), request_for(checkpoints=(str(trained), singles["var2"])))
+    assert assets.trainings_of(tmp_path / "out") == episodes
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common, pi0_state
+from configs import common, pi0_libero, pi0_state
 from policymix import metrics, trees
 from policymix.checkpoints import assets, store
 from policymix.data import lerobot
@@ -86,7 +86,7 @@ def test_without_average_params_are_raw_and_not_stored_twice(tmp_path):
 def test_records_episodes_and_norm_stats_beside_the_checkpoint(straight):
     config = debug_config()
     dataset = lerobot.open_dataset(config.data.path)
-    recorded = assets.episodes_of(straight / "4")
+    (recorded,) = assets.trainings_of(straight / "4")
     assert recorded["fingerprint"] == dataset.fingerprint()
     assert 0 < len(recorded["episodes"]) < dataset.num_episodes
     asset_id, stats = assets.norm_stats_of(straight / "4")
@@ -164,6 +164,11 @@ def test_the_loss_falls(tmp_path):
         (lambda c: c.train.update({"freeze": ("nothing",)}), "'nothing' matches no parameter"),
         (lambda c: c.train.update({"fsdp_devices": 2}), "fsdp_devices is 2"),
         (lambda c: c.train.update({"decay_steps": 1}), "decay_steps 1"),
+        (lambda c: c.train.update({"save_every": 0}), "save_every is 0"),
+        (lambda c: c.train.update({"seed": -1}), "seed is -1"),
+        (lambda c: c.train.update({"ema_decay": 1.5}), "ema_decay is 1.5"),
+        (lambda c: c.train.update({"learning_rate": float("nan")}), "learning_rate is nan"),
+        (lambda c: c.train.update({"freeze": ("[",)}), "not a regular expression"),
         (lambda c: c.train.update({"init_from": "gs://bucket/x"}), "remote"),
     ],
 )
@@ -195,6 +200,66 @@ def test_a_foreign_directory_is_left_alone(tmp_path):
         with pytest.raises(FileExistsError, match="not a run of train.py"):
             run(debug_config(), tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_somebody_elses_config_json_does_not_make_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "pi0"}')
+    (tmp_path / "model.safetensors").write_text("precious")
+    with pytest.raises(FileExistsError, match="not a run of train.py"):
+        run(debug_config(), tmp_path, overwrite=True)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_overwrite_does_not_delete_what_it_starts_from(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    with pytest.raises(ValueError, match="overlaps the input"):
+        run(debug_config(init_from=str(workdir / "4")), workdir, overwrite=True)
+    assert (workdir / "4" / "params").is_dir()
+
+
+def test_resume_keeps_the_normalisation_though_its_source_is_gone(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "base")
+    config = debug_config(num_steps=1, keep_period=1, init_from=str(tmp_path / "base" / "4"))
+    run(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "base")
+    config.train.num_steps = 2
+    run(config, tmp_path / "run")
+    first, second = (assets.norm_stats_of(tmp_path / "run" / step)[1] for step in ("1", "2"))
+    np.testing.assert_array_equal(first["state"].mean, second["state"].mean)
+
+
+def test_a_start_that_is_not_there_is_an_error_and_not_new_statistics(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        run(debug_config(init_from=str(tmp_path / "nowhere")), tmp_path / "run")
+
+
+def test_resume_refuses_data_that_changed(straight, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(debug_config().data.path, data)
+    config = debug_config(num_steps=1)
+    config.data.path = str(data)
+    run(config, tmp_path / "run")
+    info = json.loads((data / "meta/info.json").read_text())
+    (data / "meta/info.json").write_text(json.dumps(info | {"robot_type": "another"}))
+    config.train.num_steps = 2
+    with pytest.raises(ValueError, match="content changed"):
+        run(config, tmp_path / "run")
+
+
+def test_a_step_without_train_state_is_not_silently_restarted(straight, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    shutil.rmtree(workdir / "4" / "train_state")
+    with pytest.raises(ValueError, match="4 has no train_state, so it cannot be resumed"):
+        run(debug_config(num_steps=6), workdir)
+
+
+def test_a_model_with_cameras_trains_on_numbers_only_if_told_so(tmp_path):
+    config = pi0_libero.get_config("debug")
+    config.data.mask_cameras = False
+    with pytest.raises(ValueError, match="image_keys names the cameras"):
+        run(config, tmp_path / "run")
 
 
 def test_overwrite_starts_again(straight, tmp_path):
