@@ -35,8 +35,7 @@ def train(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> TrainState | None:
-    """Trains until config.train.num_steps, from the latest checkpoint in `workdir` where there is
-    one.
+    """Trains until config.train.num_steps, from the latest checkpoint in `workdir` if there is one.
 
     Leaves `WORKDIR/<step>/{params,train_state,assets}`, `config.json` and `metrics.jsonl`.
     `devices` are all there are unless given.
@@ -51,12 +50,7 @@ def train(
     latest = None if overwrite else series.latest_step(workdir)
     resumed = None if latest is None else workdir / str(latest)
     pipeline = pipeline_lib.Pipeline(config, model, resumed)
-    mesh = sharding.mesh(config.train.fsdp_devices, devices)
-    if config.train.batch_size % mesh.size:
-        raise ValueError(
-            f"config.train.batch_size is {config.train.batch_size}, which the {mesh.size} devices "
-            "cannot share equally"
-        )
+    mesh = _mesh(config.train, devices)
     shapes = pi0.shapes(model)
     optimizer = _optimizer(config, shapes)
     start = functools.partial(state_lib.init, optimizer=optimizer, ema=config.train.ema_decay > 0)
@@ -83,16 +77,14 @@ def train(
         else:
             params = _initial_params(filled, model, like, places, key)
             state = jax.jit(start, out_shardings=places)(params)
-        step_fn = jax.jit(
-            functools.partial(
-                state_lib.update,
-                loss_fn=loss_fn,
-                optimizer=optimizer,
-                ema_decay=config.train.ema_decay,
-            ),
-            donate_argnums=0,
-            out_shardings=(places, sharding.replicated(mesh)),
+        step_fn = functools.partial(
+            state_lib.update,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            ema_decay=config.train.ema_decay,
         )
+        outputs = places, sharding.replicated(mesh)
+        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=outputs)
         ancestor = resumed or config.train.init_from
         inherited = assets.trainings_of(ancestor) if ancestor else []
         beside = series.Assets(
@@ -105,9 +97,8 @@ def train(
 
 def _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn) -> TrainState:
     """The steps. Metrics are read one step late, so that the device never waits for the host."""
-    root_key = jax.random.fold_in(
-        jax.random.key(config.train.seed), 1
-    )  # apart from the key of init
+    # Apart from the key of init.
+    root_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     first, last = int(state.step), config.train.num_steps
     if first >= last:
         print(f"step {first} is reached already; config.train.num_steps is {last}")
@@ -146,6 +137,16 @@ def _check_finite(step: int, values) -> None:
             "config.train.learning_rate, or look for outliers in the data; the last checkpoint "
             "is intact"
         )
+
+
+def _mesh(t: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None) -> jax.sharding.Mesh:
+    mesh = sharding.mesh(t.fsdp_devices, devices)
+    if t.batch_size % mesh.size:
+        raise ValueError(
+            f"config.train.batch_size is {t.batch_size}, which the {mesh.size} devices cannot "
+            "share equally"
+        )
+    return mesh
 
 
 def _check_settings(t: ml_collections.ConfigDict) -> None:
