@@ -3,6 +3,7 @@
 import logging as python_logging
 import pathlib
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -51,13 +52,16 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _guarded(main: Callable[[], None]) -> None:
-    logging.set_verbosity(logging.WARNING if _VERBOSE.value else logging.ERROR)
-    # Our own words; those of Orbax would bury them.
+    # Our own words at their level; those of Orbax would bury them, and its errors reach us anyway.
+    logging.set_verbosity(logging.WARNING if _VERBOSE.value else logging.FATAL)
     level = python_logging.INFO if _VERBOSE.value else python_logging.WARNING
     python_logging.getLogger("policymix").setLevel(level)
     if _VERBOSE.value:
         return main()
     warnings.filterwarnings("ignore")
+    # Threads and callbacks of a failing save print tracebacks of their own, before and after ours.
+    python_logging.getLogger("concurrent.futures").setLevel(python_logging.CRITICAL + 1)
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
     try:
         return main()
     except KeyboardInterrupt:
@@ -73,6 +77,7 @@ def _one_line(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = text.split(" [tensorstore_spec")[0]
     # ml_collections passes on the repr of a message.
     text = text.replace("\\n", " ").replace("\\'", "'")
     if "Traceback (most recent call last)" in text:  # a config file failed: its last line says why

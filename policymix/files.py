@@ -52,6 +52,18 @@ def check_output(
         raise PermissionError(f"cannot write {path}: {parent} is not a writable directory")
 
 
+def check_space(path: pathlib.Path, needed: int) -> None:
+    """OSError if the disk that `path` lies on, or will, has less than `needed` bytes free."""
+    existing = next(p for p in (local(path), *local(path).parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"{path} needs up to {needed / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB "
+            "free: make room, "
+            "or write elsewhere"
+        )
+
+
 @contextlib.contextmanager
 def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """Yields an empty directory that takes the place of `path` if the block ends without an error.

@@ -96,6 +96,12 @@ class Series:
 
     def save(self, state: TrainState, beside: Assets) -> None:
         """Starts writing `state` under its step; training goes on meanwhile."""
+        try:
+            self._save(state, beside)
+        except ValueError as error:
+            raise store.unwritten(pathlib.Path(self._manager.directory), error) from error
+
+    def _save(self, state: TrainState, beside: Assets) -> None:
         saved = self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -139,7 +145,10 @@ class Series:
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; the writer's errors surface here."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except ValueError as error:
+            raise store.unwritten(pathlib.Path(self._manager.directory), error) from error
 
     def close(self) -> None:
         """Waits and lets go."""

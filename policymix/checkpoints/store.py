@@ -114,6 +114,12 @@ def _canonical(leaves: Mapping[str, Leaf], item: pathlib.Path) -> dict[str, Leaf
     return leaves
 
 
+def unwritten(path: pathlib.Path, error: Exception) -> OSError:
+    """What tensorstore says when a write fails, without the pages it adds."""
+    reason = str(error).split(" [tensorstore_spec")[0].split("\n")[0]
+    return OSError(f"cannot write {path}: {reason}; the disk may be full or a limit reached")
+
+
 def _damaged(item: pathlib.Path, name: str, error: Exception) -> ValueError:
     reason = str(error).split(" [tensorstore_spec")[0].split("\n")[0]
     return ValueError(f"{item}: cannot read {name!r}; a file is missing or damaged ({reason})")
@@ -162,7 +168,10 @@ def write_step(
     if (norm_stats is None) != (asset_id is None):
         raise ValueError("norm_stats and asset_id go together: give both or neither")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params")) as checkpointer:
-        checkpointer.save(path, args=ocp.args.Composite(params=save_args(params)))
+        try:
+            checkpointer.save(path, args=ocp.args.Composite(params=save_args(params)))
+        except ValueError as error:
+            raise unwritten(path, error) from error
     if norm_stats is not None:
         assets.write_norm_stats(path / "assets" / asset_id / assets.NORM_STATS, norm_stats)
 

@@ -107,6 +107,11 @@ class Inputs:
             return dict.fromkeys(flats[0], np.dtype(jnp.dtype(chosen)))
         return {path: streaming.widest([flat[path] for flat in flats]) for path in flats[0]}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the largest input: what a mix of them can take."""
+        return max(sum(leaf.nbytes for leaf in jax.tree.leaves(h)) for h in self.headers)
+
     def summary(self) -> list[str]:
         """A line for each input."""
         lines = []

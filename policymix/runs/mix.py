@@ -66,6 +66,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
         print("dry run: nothing was computed, nothing was written")
         return {}
 
+    files.check_space(request.output, max(len(request.merge_ratios), 1) * inputs.nbytes)
     losses = judge.each(inputs.names) if judge else [None] * len(inputs.names)
     found = _search(config, request, method, inputs, judge, losses)
     told = _describe(config, method, inputs, judge, losses)

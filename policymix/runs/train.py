@@ -64,6 +64,7 @@ def train(
         jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
         print("dry run: nothing was computed, nothing was written")
         return None
+    files.check_space(workdir, _nbytes(like))
     if overwrite and workdir.exists():
         shutil.rmtree(workdir)
     files.write_json(workdir / "config.json", _recorded(config))
@@ -270,13 +271,17 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathlib.Path) -> None:
     devices = mesh.devices.flat
     dataset, total = pipeline.dataset, trees.num_params(like.params)
     frozen = optimizers.frozen_paths(like.params, tuple(config.train.freeze))
     flat = trees.flatten(like.params)
     still = sum(math.prod(flat[path].shape) for path in frozen)
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    size = _nbytes(like)
     print(
         f"{mesh.size} × {devices[0].device_kind} as {dict(mesh.shape)}; "
         f"{'π0.5' if model.pi05 else 'π0'} of "

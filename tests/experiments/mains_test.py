@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -184,3 +185,31 @@ def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path):
 def test_mains_are_thin():
     for main in MAINS:
         assert len((ROOT / "experiments" / main).read_text().splitlines()) <= 80, main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        ("mix.py", (f"--checkpoints={oracle.step('pi0', 'base')}", "--output=OUT")),
+        ("train.py", (STATE, "--workdir=OUT")),
+    ],
+)
+def test_a_write_that_fails_is_one_line_and_leaves_no_checkpoint(main, arguments, tmp_path):
+    """Files may not grow beyond 300 kB here, as if the disk were full."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    arguments = [a.replace("OUT", str(tmp_path / "out")) for a in arguments]
+    command = [sys.executable, str(ROOT / "experiments" / main), *arguments]
+    env = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=env, preexec_fn=limit
+    )
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("mixing: ")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: cannot write")
+    assert not list(tmp_path.glob("out/[0-9]"))
+    assert not list(tmp_path.glob("out/mix.json"))
