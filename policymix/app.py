@@ -30,9 +30,7 @@ def define_config(main_file: str, default: str = "common.py") -> flags.FlagHolde
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`; whatever goes wrong is one line on stderr and a non-zero
-    exit.
-    """
+    """Parses the flags and runs `main`; what goes wrong is one line and a non-zero exit."""
     app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 

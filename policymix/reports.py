@@ -177,9 +177,7 @@ def _draw_distances(axis, report, names) -> None:
 
 
 def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
-    """mix.png of several merge ratios: the loss along the way from the fine-tuned checkpoint to the
-    base.
-    """
+    """mix.png of several merge ratios: the loss on the way from the fine-tune to the base."""
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     ratios = [mix["merge_ratio"] for mix in report["sweep"]]

@@ -26,9 +26,7 @@ _F = TypeVar("_F", bound=Callable)
 
 
 def typechecked(function: _F) -> _F:
-    """Checks the jaxtyping shapes of `function` at call, under `jax.jit` at trace: no cost once
-    compiled.
-    """
+    """Checks the shapes in the signature at each call; under `jax.jit` only when it is traced."""
     return jaxtyping.jaxtyped(function, typechecker=beartype.beartype)
 
 

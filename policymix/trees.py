@@ -137,9 +137,7 @@ def combine(coefficients: Any, trees: Sequence[PyTree]) -> PyTree:
 
 
 def combine_leaf(coefficients: Any, leaves: Sequence[Any], dtype: Any = None) -> jax.Array:
-    """Σ_k c_k leaf_k for one array, accumulated in float32 or wider; `dtype` defaults to the widest
-    input's.
-    """
+    """Σ_k c_k leaf_k of arrays, summed in float32 or wider; `dtype` is the widest by default."""
     chex.assert_equal_shape(leaves)
     dtype = dtype or functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves])
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -195,9 +193,7 @@ def task_vector(base: PyTree, finetuned: PyTree) -> PyTree:
 
 
 def dot(a: PyTree, b: PyTree) -> jax.Array:
-    """⟨a, b⟩ over all leaves, summed in float32 or wider, so that bfloat16 trees lose nothing to
-    the sum.
-    """
+    """⟨a, b⟩ over all leaves, summed in float32 or wider whatever the trees are stored in."""
     return sum(jax.tree.leaves(jax.tree.map(dot_leaf, a, b)))
 
 
@@ -220,8 +216,7 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 
 def difference(a: PyTree, b: PyTree, names: tuple[str, str] = ("a", "b")) -> str | None:
-    """How the structure and shapes of two trees differ, in words; None if they do not. Dtypes may
-    differ.
+    """How structure and shapes of two trees differ, in words; None if they do not.
 
     Only `.shape` of the leaves is looked at: arrays and `jax.ShapeDtypeStruct` serve alike.
     """

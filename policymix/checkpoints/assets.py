@@ -77,9 +77,7 @@ def find(checkpoint: str | os.PathLike, name: str) -> dict[str, pathlib.Path]:
 def norm_stats_of(
     checkpoint: str | os.PathLike, asset_id: str | None = None
 ) -> tuple[str, Stats] | None:
-    """(asset id, norm stats) of a checkpoint, None if it has none; `asset_id` chooses among
-    several.
-    """
+    """(asset id, norm stats), None if there are none; `asset_id` chooses among several."""
     found = find(checkpoint, NORM_STATS)
     if not found:
         return None

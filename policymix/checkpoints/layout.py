@@ -42,9 +42,7 @@ def find_params(path: str | os.PathLike) -> pathlib.Path:
 
 
 def steps_of(directory: pathlib.Path) -> list[int]:
-    """The numbered directories that hold parameters, in order; steps still being written are not
-    among them.
-    """
+    """The numbered directories that hold parameters, in order, without unfinished ones."""
     return sorted(
         int(p.name)
         for p in directory.glob("[0-9]*")

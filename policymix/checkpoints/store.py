@@ -149,8 +149,7 @@ def save_params(
     norm_stats: Stats | None = None,
     asset_id: str | None = None,
 ) -> None:
-    """Writes a step directory that OpenPI loads: `params`, and norm stats under
-    `assets/<asset_id>`.
+    """Writes a step directory that OpenPI loads: parameters, and norm stats as its assets.
 
     The directory appears whole or not at all. Raises FileExistsError if it is there already.
     """

@@ -38,8 +38,7 @@ class Objective(NamedTuple):
 def in_memory(
     loss_fn: LossFn, trees: Sequence[Params], batches: Sequence[PyTree], key: jax.Array
 ) -> Objective:
-    """The objective of checkpoints that fit in memory, whole or sharded; batches may differ in
-    shape.
+    """The objective of checkpoints that fit in memory, whole or sharded.
 
     Every candidate meets the same noise: batch i is always evaluated with the same key, so that
     differences in loss are differences between models.
@@ -96,9 +95,7 @@ def _loss_and_grad(loss_fn: LossFn, mixed: Params, batch: PyTree, key: jax.Array
 
 
 def _ordered(coefficients: Coefficients) -> tuple[tuple[str, ...], list[jax.Array]]:
-    """(regexes, their coefficients), in the order given: a dict that enters `jax.jit` comes out
-    sorted.
-    """
+    """(regexes, coefficients) in the order given: `jax.jit` would sort the keys of a dict."""
     groups = coefficients if isinstance(coefficients, Mapping) else {".*": coefficients}
     ordered = [jnp.asarray(c, jnp.float32) for c in groups.values()]
     chex.assert_rank(ordered, 1)

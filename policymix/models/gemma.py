@@ -24,9 +24,7 @@ MASKED_LOGIT = -2.3819763e38
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Width, depth and heads of one expert. Experts that attend jointly share all but width and
-    mlp_dim.
-    """
+    """Size of one expert. Experts that attend jointly share all but width and mlp_dim."""
 
     width: int
     depth: int
@@ -88,17 +86,13 @@ def suffix(expert: int) -> str:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + scale); with `adaptive`, scale, shift and the residual gate are a function
-    of `cond`.
-    """
+    """x / rms(x) * (1 + scale); if `adaptive`, scale, shift and residual gate depend on `cond`."""
 
     adaptive: bool = False
 
     @nn.compact
     def __call__(self, x, cond=None):
-        """[b, t, d] and cond [b, d] or None → (normed [b, t, d], gate [b, 1, d] or None), in x's
-        dtype.
-        """
+        """[b, t, d], cond [b, d] or None → normed [b, t, d], gate [b, 1, d] or None."""
         wide = x.astype(jnp.float32)
         normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
         if not self.adaptive:

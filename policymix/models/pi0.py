@@ -301,9 +301,7 @@ def flow_loss(
 def loss(
     config: Pi0Config, params: Params, batch: structs.Batch, key: jax.Array
 ) -> tuple[jax.Array, structs.Metrics]:
-    """Mean flow-matching loss of a batch; noise and times come from `key` exactly as OpenPI draws
-    them.
-    """
+    """Mean flow-matching loss of a batch; `key` gives the noise and times that OpenPI draws."""
     _, noise_key, time_key = jax.random.split(
         key, 3
     )  # the first is OpenPI's key for picture augmentation
@@ -343,7 +341,5 @@ def embed_prefix(config: Pi0Config, params: Params, observation: Observation):
 def embed_suffix(
     config: Pi0Config, params: Params, observation: Observation, x_t: jax.Array, t: jax.Array
 ):
-    """Suffix tokens [b, s, d], validity [b, s], block starts [s], and π0.5's time condition [b, d]
-    or None.
-    """
+    """Suffix tokens [b, s, d], validity [b, s], block starts [s], π0.5's condition or None."""
     return _apply(config, params, observation, x_t, t, method=Pi0.embed_suffix)

@@ -46,9 +46,7 @@ _SIZES = {  # width, depth, mlp_dim, heads
 
 
 def size(variant: str, depth: int | None = None) -> Size:
-    """The size named "So400m/14" (letter / patch side). `depth` replaces the variant's number of
-    layers.
-    """
+    """The size named "So400m/14" (letter / patch side); `depth` replaces its number of layers."""
     letter, _, patch = variant.partition("/")
     if letter not in _SIZES or not patch.isdigit() or int(patch) == 0:
         raise ValueError(

@@ -20,9 +20,7 @@ from policymix.transforms import normalize
 
 
 class Judge:
-    """Measures every candidate with the same noise: differences in loss are differences between
-    models.
-    """
+    """Measures every candidate with the same noise, so that losses compare models."""
 
     def __init__(self, model: pi0.Pi0Config, path: pathlib.Path, validation: Validation, seed: int):
         self.model, self.path, self.validation = model, path, validation

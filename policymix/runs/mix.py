@@ -215,9 +215,7 @@ def _judge(
 
 
 def _search(config, request, method, inputs, judge, losses) -> search.SearchResult:
-    """The coefficients, one per input and in the order of `inputs`; the base takes no part in a
-    search.
-    """
+    """The coefficients in the order of `inputs`; 0 for a base that is not mixed."""
     n = len(request.checkpoints)
     if method == "interpolate":
         ratio = request.merge_ratios[0] if request.merge_ratios else 0.5
@@ -263,9 +261,7 @@ def _write(
     told: Mapping[str, Any],
     directory: pathlib.Path,
 ) -> dict[str, Any]:
-    """Mixes from disk into a directory in the making; returns `told` with what only the mix can
-    tell.
-    """
+    """Mixes into a directory in the making; returns `told` and what only the mix can tell."""
     mixed = streaming.combine(
         inputs.headers,
         coefficients,

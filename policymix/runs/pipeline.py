@@ -135,8 +135,7 @@ class Pipeline:
         return self.encode(self._train.get(indices))
 
     def validation(self, batch_size: int, num_batches: int, held_out: float):
-        """Batches from the held-out episodes, every frame at most once: (to select on, to report
-        on).
+        """Batches of held-out episodes, every frame at most once: (to select on, to report on).
 
         The two come from different episodes, a fraction `held_out` of the batches being for the
         report; one episode alone serves selection only.

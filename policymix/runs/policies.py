@@ -9,9 +9,7 @@ from policymix.structs import LossFn
 
 
 def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Config:
-    """config.model as a Pi0Config. ValueError if it is empty; `why` says what the model is needed
-    for.
-    """
+    """config.model as a Pi0Config. ValueError if it is empty, with `why` it is needed."""
     fields = config.model.to_dict()
     if not fields:
         raise ValueError(

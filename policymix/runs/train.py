@@ -185,9 +185,7 @@ def _optimizer(config: ml_collections.ConfigDict, shapes: Any):
 
 
 def _initial_params(filled: trees.Filled | None, model, like: TrainState, places: TrainState, key):
-    """Parameters on their devices: loaded ones leaf by leaf, in the model's dtypes, the others
-    fresh.
-    """
+    """Parameters on their devices: loaded ones leaf by leaf, the others fresh."""
     init = jax.jit(functools.partial(pi0.init, model), out_shardings=places.params)
     if filled is None:
         return init(key)
@@ -229,9 +227,7 @@ def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def _check_workdir(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
 ) -> None:
-    """An existing workdir is resumed if it is this run's, replaced if asked for, and else left
-    alone.
-    """
+    """Refuses a workdir that is not this run's, or that --overwrite may not replace."""
     named = (config.train.init_from, config.data.path, config.data.norm_stats)
     if overwrite or not workdir.exists():
         files.check_apart(workdir, [p for p in named if p and "://" not in p])

@@ -15,9 +15,7 @@ _EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormStats:
-    """Mean, population standard deviation, and the 1 % and 99 % quantiles, each [d]; quantiles may
-    be absent.
-    """
+    """Mean, population standard deviation, 1 % and 99 % quantiles (or None), each [d]."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -89,8 +87,7 @@ def average(stats: Sequence[NormStats], coefficients: np.ndarray) -> NormStats:
 
 
 def pool(stats: Sequence[NormStats], coefficients: np.ndarray) -> NormStats:
-    """Statistics of the mixture Σ_k c_k p_k of the inputs' data: exact for its mean and standard
-    deviation.
+    """Statistics of the mixture Σ_k c_k p_k of the inputs' data; mean and deviation are exact.
 
     mean = Σ c_k mean_k;  std² = Σ c_k (std_k² + mean_k²) - mean². The quantiles of a mixture lie
     between those of its parts; the outer ones are taken, so that nothing any input knew falls
@@ -129,9 +126,7 @@ def comparable(a: Stats, b: Stats) -> bool:
 
 
 def difference(a: Stats, b: Stats) -> str | None:
-    """The first way in which two sets of statistics differ, in words; None if they are equal to
-    1e-6.
-    """
+    """The first difference of two sets of statistics, in words; None if they are equal to 1e-6."""
     if a.keys() != b.keys():
         return f"keys {sorted(a)} and {sorted(b)}"
     for key in a:
