@@ -79,7 +79,14 @@ def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
         if abs(apart) < 5e-5
         else f"{abs(apart):.2%} {'below' if apart < 0 else 'above'}"
     )
-    return f"held out, the mix is {word} the best single input ({mix:.5f} against {single:.5f})"
+    told = (
+        f"held out, the mix is {word} the input that is best on the selection batches "
+        f"({mix:.5f} against {single:.5f})"
+    )
+    lowest = min(loss["held_out"] for loss in losses)
+    return told + (
+        f"; another input does better there ({lowest:.5f})" if lowest < min(mix, single) else ""
+    )
 
 
 def _save(figure, path: pathlib.Path) -> None:
@@ -141,9 +148,9 @@ def _draw_losses(axis, report, names) -> None:
         bars[-1].set_edgecolor(_MIX)
         bars[-1].set_linewidth(2)
     axis.set_xticks(places, [*names, "mix"])
-    axis.margins(y=0.15)
+    axis.margins(y=0.25)  # room for the legend above the bars
     axis.set_title("validation loss (lower is better)")
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper center", ncols=2)
 
 
 def _draw_history(axis, report, names) -> None:
@@ -152,7 +159,8 @@ def _draw_history(axis, report, names) -> None:
     values = np.array([row["coefficients"] for row in rows])
     for k in range(values.shape[1]):
         axis.plot(steps, values[:, k], marker=".", label=names[len(names) - values.shape[1] + k])
-    axis.set_ylim(bottom=min(0, values.min()))
+    axis.set_ylim(min(0, values.min()), values.max() * 1.1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step")
     axis.set_title("coefficients during the search")
     axis.legend()

@@ -88,10 +88,8 @@ def _meaning(relative: np.ndarray, cosine: np.ndarray | None) -> str:
     apart = relative[np.triu_indices(n, 1)]
     if apart.min() == 0.0:
         return "at least two inputs are identical: they count twice and add nothing"
-    words = (
-        f"the inputs lie {apart.min():.2g} to {apart.max():.2g} apart, in units of the length of "
-        "the first"
-    )
+    far = f"{apart.min():.2g}" + (f" to {apart.max():.2g}" if n > 2 else "")
+    words = f"the inputs lie {far} apart, in units of the length of the first"
     if apart.max() < 1e-4:
         words += "; they are nearly the same model, so a mix can hardly differ from them"
     if apart.max() > 0.5:
