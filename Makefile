@@ -1,6 +1,7 @@
 # EXTRAS adds install extras: make venv EXTRAS=cuda, EXTRAS=tpu, EXTRAS=cuda,hub. PYTHON chooses the interpreter.
 PYTHON ?= python3
 EXTRAS ?=
+SIM ?= metaworld
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,11 +14,13 @@ venv: $(STAMP)
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "policymix needs Python >= 3.11; say which: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,sim$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
+# SIM=pusht runs it on pictures; FRESH=1 starts over; SMOKE=1 takes a minute and learns nothing.
 quickstart: venv
-	$(BIN)/python experiments/quickstart.py $(if $(FRESH),--fresh)
+	$(BIN)/python experiments/quickstart.py --config=configs/pi0_$(SIM).py$(if $(SMOKE),:debug) \
+	  --output=outputs/quickstart/$(SIM)$(if $(SMOKE),-smoke) $(if $(FRESH),--fresh)
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests

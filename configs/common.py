@@ -20,7 +20,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {
             "model": {},  # the fields of policymix.models.pi0.Pi0Config
             "data": {
-                "path": "",  # a LeRobot dataset
+                "path": "",  # a LeRobot dataset, or several to train on together: a,b
+                "fractions": (),  # of a batch, one per dataset; (): by their frames
                 # What its statistics are called beside the checkpoint; "": the dataset's folder.
                 "asset_id": "",
                 # A norm_stats.json or a checkpoint; "": those of train.init_from, else computed.
@@ -29,9 +30,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "quantiles": False,
                 "state_key": "observation.state",
                 "action_key": "action",
-                "mask_cameras": False,  # train as if every camera of the model were absent
+                "cameras": {},  # {camera of the model: picture feature of the dataset}
+                "mask_cameras": False,  # go on as if every camera of the model were absent
+                "tokenizer": "bytes",  # or words: a token each, for small models
                 "default_prompt": "",  # overrides the dataset's instructions
-                "held_out": 0.1,  # fraction of the episodes that training never sees
+                # Fraction of the episodes that training never sees; 1: data kept for validation.
+                "held_out": 0.1,
                 "seed": 0,  # of that choice
             },
             "train": {
@@ -68,7 +72,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "seed": 0,  # of the noise in the validation loss
             },
             "offline_rl": {},
-            "evaluate": {},
+            "evaluate": {
+                # SIMULATOR/TASK,TASK; TASK@LOW:HIGH starts in that part of the simulator's range.
+                "env": "",
+                "num_episodes": 100,  # for each task
+                "seed": 1000,  # of the first episode's start and noise; the next ones count on
+                "max_steps": 0,  # of an episode; 0: 150 in Meta-World, 300 in PushT
+                "replan_steps": 8,  # actions of a chunk that are executed before the next is asked
+                "num_flow_steps": 10,
+                "num_workers": 0,  # processes with environments; 0: one per core
+            },
             "serve": {},
         }
     )
@@ -103,3 +116,11 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.mix.num_iterations = 20
     config.data.update({"asset_id": "", "path": str(PUSHT), "mask_cameras": True})
     config.train.init_from = ""
+
+
+def shrink_quickstart(sizes: ml_collections.ConfigDict) -> None:
+    """Every stage of the quickstart in seconds; nothing is learned."""
+    sizes.update({"pretraining_episodes": 4, "soup_episodes": 6, "validation_episodes": 4})
+    sizes.update({"pretraining_steps": 4, "soup_steps": 4, "narrow_steps": 4, "narrow_episodes": 4})
+    sizes.update({"soup_rollouts": 4, "rollouts": 4, "pretraining_rollouts": 2})
+    sizes.update({"small_learning_rates": (3e-4,), "merge_ratios": (0.0, 0.4, 0.5, 1.0)})

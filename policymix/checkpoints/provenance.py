@@ -5,8 +5,6 @@ data.
 import hashlib
 import math
 import pathlib
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,20 +102,6 @@ def _meaning(relative: np.ndarray, cosine: np.ndarray | None) -> str:
         elif abs(pairs).max() < 0.05:
             words += ", so they learned unrelated things and a mix dilutes each"
     return words
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident size this process has had."""
-    status = pathlib.Path("/proc/self/status")
-    peak = None
-    if status.exists():  # getrusage would count what the parent had before it started us
-        lines = status.read_text().splitlines()
-        peak = next((line for line in lines if line.startswith("VmHWM")), None)
-    if peak:
-        return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
 
 
 def describe(checkpoint: str) -> dict[str, str]:

@@ -113,6 +113,10 @@ class Dataset:
             self._columns[name] = self._load(name)
         return self._columns[name]
 
+    def stored(self, name: str) -> Iterator[pa.ChunkedArray]:
+        """A feature as it lies in the data files, pictures too: one arrow column per file."""
+        return (_read_parquet(path, [name])[name] for path in self._data_files)
+
     def item(
         self, index: int, delta_timestamps: Mapping[str, Sequence[float]] | None = None
     ) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Prompts → tokens, byte by byte: for small policies that come without a SentencePiece model."""
+"""Prompts → tokens, by bytes or by words: for policies that come without a SentencePiece model."""
 
 import logging
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ class ByteTokenizer:
       max_token_len: s, the length of every row; longer prompts are cut.
     """
 
-    vocab_size = 256 + _BYTE_OFFSET
+    vocab_size = 256 + _BYTE_OFFSET  # the least that a model needs
 
     def __init__(self, max_token_len: int):
         if max_token_len < 1:
@@ -48,7 +49,7 @@ class ByteTokenizer:
         tokens = np.full((len(prompts), self.max_token_len), PAD_ID, np.int32)
         mask = np.zeros(tokens.shape, bool)
         for row, prompt in enumerate(prompts):
-            ids = [BOS_ID, *(byte + _BYTE_OFFSET for byte in prompt.encode())]
+            ids = self._ids(prompt)
             if len(ids) > self.max_token_len and prompt not in self._cut:
                 self._cut.add(prompt)
                 _log.warning(
@@ -61,3 +62,28 @@ class ByteTokenizer:
             tokens[row, : len(kept)] = kept
             mask[row, : len(kept)] = True
         return tokens, mask
+
+    def _ids(self, prompt: str) -> list[int]:
+        return [BOS_ID, *(byte + _BYTE_OFFSET for byte in prompt.encode())]
+
+
+class WordTokenizer(ByteTokenizer):
+    """A token for each word: its CRC-32 modulo the vocabulary; 0 pad, 1 and 2 reserved.
+
+    Short prompts make short sequences, which is what a small policy on a CPU needs; words that fall
+    on the same token are the price, rare in vocabularies much larger than the words in use.
+
+    Args:
+      max_token_len: s, the length of every row; longer prompts are cut.
+      vocab_size: of the model.
+    """
+
+    def __init__(self, max_token_len: int, vocab_size: int):
+        super().__init__(max_token_len)
+        if vocab_size <= _BYTE_OFFSET:
+            raise ValueError(f"vocab_size is {vocab_size}; words need more than {_BYTE_OFFSET}")
+        self.vocab_size = vocab_size
+
+    def _ids(self, prompt: str) -> list[int]:
+        words, buckets = prompt.lower().split(), self.vocab_size - _BYTE_OFFSET
+        return [_BYTE_OFFSET + zlib.crc32(word.encode()) % buckets for word in words]

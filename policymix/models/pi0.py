@@ -31,6 +31,10 @@ class Pi0Config:
 
     Attributes:
       paligemma_variant, action_expert_variant: a name ("gemma_2b") or the fields of `gemma.Size`.
+      proprio_dim: length of the proprio vector (None: action_dim, as in OpenPI, whose states are
+        padded to it).
+      remat: scan the layers and compute their activations again in the backward pass. Without it
+        they are unrolled and kept: for small networks, which are then twice as fast.
       siglip_variant: SIZE/PATCH ("So400m/14"); siglip_depth replaces its number of layers.
       pi05: adaptive norms, no proprio token. discrete_state_input: proprio is written into the
       prompt (None: pi05).
@@ -53,6 +57,8 @@ class Pi0Config:
     image_keys: tuple[str, ...] = OPENPI_CAMERAS
     image_resolution: tuple[int, int] = (224, 224)
     dtype: str = "bfloat16"
+    proprio_dim: int | None = None
+    remat: bool = True
 
     def __post_init__(self):
         def put(name, value):
@@ -67,7 +73,9 @@ class Pi0Config:
             put("discrete_state_input", self.pi05)
         if self.max_token_len is None:
             put("max_token_len", 200 if self.pi05 else 48)
-        for name in ("vocab_size", "action_dim", "action_horizon"):
+        if self.proprio_dim is None:
+            put("proprio_dim", self.action_dim)
+        for name in ("vocab_size", "action_dim", "action_horizon", "proprio_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Pi0Config.{name} is {getattr(self, name)}; at least 1 is needed")
         patch = siglip.size(self.siglip_variant).patch
@@ -90,7 +98,7 @@ class PaliGemma(nn.Module):
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         sizes = (config.paligemma_variant, config.action_expert_variant)
-        self.llm = gemma.Gemma(sizes, (False, config.pi05), config.vocab_size, dtype)
+        self.llm = gemma.Gemma(sizes, (False, config.pi05), config.vocab_size, dtype, config.remat)
         if config.image_keys:
             tower = siglip.size(config.siglip_variant, config.siglip_depth)
             self.img = siglip.SigLIP(tower, sizes[0].width, dtype)
@@ -216,7 +224,7 @@ def example_observation(config: Pi0Config, batch_size: int = 1) -> Observation:
             for name in config.image_keys
         },
         image_masks={name: jnp.ones((batch_size,), bool) for name in config.image_keys},
-        proprio=jnp.zeros((batch_size, config.action_dim), jnp.float32),
+        proprio=jnp.zeros((batch_size, config.proprio_dim), jnp.float32),
         prompt_tokens=jnp.zeros((batch_size, length), jnp.int32) if length else None,
         prompt_mask=jnp.ones((batch_size, length), bool) if length else None,
     )
@@ -231,7 +239,7 @@ def check_observation(config: Pi0Config, observation: Observation) -> None:
             raise ValueError(f"observation: {what} is {found}, the model expects {expected}")
 
     require(
-        "the shape of proprio", tuple(observation.proprio.shape), (batch_size, config.action_dim)
+        "the shape of proprio", tuple(observation.proprio.shape), (batch_size, config.proprio_dim)
     )
     for name in config.image_keys:
         if name not in observation.images or name not in observation.image_masks:

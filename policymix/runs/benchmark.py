@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from policymix import reports, trees
-from policymix.checkpoints import provenance, store, streaming
+from policymix import memory, reports, trees
+from policymix.checkpoints import store, streaming
 from policymix.mixing import objective as objective_lib
 from policymix.models import flow, pi0
 from policymix.structs import Batch
@@ -96,7 +96,7 @@ def _child(sender, function, args) -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     function(*args)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    sender.send((wall, cpu, provenance.peak_memory_bytes()))
+    sender.send((wall, cpu, memory.peak_bytes()))
 
 
 def _average_streamed(paths: list[str]) -> None:

@@ -33,18 +33,23 @@ def dump(
     files.check_output(output, overwrite=overwrite, ours=pathlib.Path.is_file)
     model = policies.model_config(config, why="a validation file")
     pipeline = pipeline_lib.Pipeline(config, model)
+    if len(pipeline.sources) > 1:
+        raise ValueError(
+            f"config.data.path names {len(pipeline.sources)} datasets; a validation file is of one"
+        )
+    dataset, episodes = pipeline.sources[0].dataset, pipeline.sources[0].held_out_episodes
     selection, held_out = pipeline.validation(
         batch_size=config.train.batch_size, num_batches=num_batches, held_out=config.mix.held_out
     )
     meta = {
-        "path": str(pipeline.dataset.path),
-        "fingerprint": pipeline.dataset.fingerprint(),
-        "episodes": pipeline.held_out_episodes,
+        "path": str(dataset.path),
+        "fingerprint": dataset.fingerprint(),
+        "episodes": episodes,
         "asset_id": pipeline.asset_id,
     } | assets.norm_stats_json(pipeline.norm_stats)
     print(
-        f"{pipeline.dataset.path}: {len(selection)} batches of {config.train.batch_size} to "
-        f"select on and {len(held_out)} held out, from the episodes {pipeline.held_out_episodes}; "
+        f"{dataset.path}: {len(selection)} batches of {config.train.batch_size} to "
+        f"select on and {len(held_out)} held out, from the episodes {episodes}; "
         f"norm stats from {pipeline.norm_stats_from}"
     )
     if dry_run:

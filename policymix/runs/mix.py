@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from policymix import files, metrics, reports, trees
+from policymix import files, memory, metrics, reports, trees
 from policymix.checkpoints import assets, provenance, store, streaming
 from policymix.data import validation as validation_lib
 from policymix.mixing import rules, search
@@ -79,7 +79,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
                 told["merge_ratio"] = float(found.coefficients[0])
             report = _write(config, inputs, found.coefficients, judge, told, partial)
         report["seconds"] = time.monotonic() - started
-        report["peak_memory_bytes"] = provenance.peak_memory_bytes()
+        report["peak_memory_bytes"] = memory.peak_bytes()
         files.write_json(partial / "mix.json", report)
     print(reports.mix_table(report))
     print(f"written to {request.output}")

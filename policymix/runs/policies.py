@@ -1,11 +1,19 @@
-"""From a config to a policy: the model's configuration and its loss."""
+"""From a config to a policy: the model's configuration, its loss, and checkpoints that act."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
+from policymix import trees
+from policymix.checkpoints import assets, store
 from policymix.models import pi0
-from policymix.structs import LossFn
+from policymix.runs import encoding
+from policymix.structs import LossFn, Observation, Params
 
 
 def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Config:
@@ -30,3 +38,83 @@ def loss_fn(model: pi0.Pi0Config) -> LossFn:
     was compiled for it is found again.
     """
     return functools.partial(pi0.loss, model)
+
+
+class Policy:
+    """A checkpoint that acts: raw observations in, raw action chunks out.
+
+    Attributes:
+      name: its path as given; model: its configuration; encoder: its normalisation and prompts.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, model: pi0.Pi0Config, checkpoint: str):
+        """Reads headers and statistics; parameters follow with `load`.
+
+        Raises:
+          ValueError, OSError: no checkpoint, another architecture, or no norm stats beside it.
+        """
+        self.name, self.model = checkpoint, model
+        self._header = store.open_params(checkpoint)
+        trees.check_same(pi0.shapes(model), self._header, names=("config.model", checkpoint))
+        found = assets.norm_stats_of(checkpoint, config.data.asset_id or None)
+        if found is None:
+            raise ValueError(
+                f"{checkpoint} has no norm stats beside it, without which its actions mean "
+                "nothing: put norm_stats.json into its assets/ASSET_ID/"
+            )
+        self.encoder = encoding.Encoder(model, config.data, found[1])
+        self._params: Params | None = None
+
+    def load(self) -> Params:
+        """The parameters, on the device; read once."""
+        if self._params is None:
+            self._params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), dict(self._header))
+        return self._params
+
+    def unload(self) -> None:
+        """Forgets the parameters."""
+        self._params = None
+
+    def act(
+        self,
+        raw: Mapping[str, Any],
+        *,
+        seeds: Sequence[int],
+        call: int,
+        num_flow_steps: int,
+    ) -> np.ndarray:
+        """The next chunk of every episode, float32 [b, h, a], in the robot's own units.
+
+        Args:
+          raw: what `Encoder.observation` takes.
+          seeds: [b], of each episode's noise; call: how many chunks it has had. The noise depends
+            on these two alone, so every policy meets the same.
+        """
+        sampled = _sample(
+            self.model,
+            self.load(),
+            self.encoder.observation(raw),
+            jnp.asarray(seeds, jnp.uint32),
+            jnp.asarray(call, jnp.uint32),
+            num_flow_steps,
+        )
+        return self.encoder.actions(np.asarray(sampled))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_flow_steps"))
+def _sample(
+    model: pi0.Pi0Config,
+    params: Params,
+    observation: Observation,
+    seeds: jax.Array,
+    call: jax.Array,
+    num_flow_steps: int,
+) -> jax.Array:
+    def draw(seed):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), seed), call)
+        return jax.random.normal(key, (model.action_horizon, model.action_dim))
+
+    noise = jax.vmap(draw)(seeds)
+    return pi0.sample_actions(
+        model, params, observation, noise=noise, num_flow_steps=num_flow_steps
+    )

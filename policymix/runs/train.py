@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from policymix import files, metrics, sharding, trees
+from policymix import files, memory, metrics, sharding, trees
 from policymix.checkpoints import assets, series, store
 from policymix.models import pi0
 from policymix.runs import pipeline as pipeline_lib
@@ -50,9 +50,11 @@ def train(
     latest = None if overwrite else series.latest_step(workdir)
     resumed = None if latest is None else workdir / str(latest)
     pipeline = pipeline_lib.Pipeline(config, model, resumed)
+    pipeline.check_trains(config.train.batch_size)
     mesh = _mesh(config.train, devices)
     shapes = pi0.shapes(model)
-    optimizer = _optimizer(config, shapes)
+    optimizer = _optimizer(model, *_optimizer_settings(config))
+    rates = _learning_rates(config.train)
     start = functools.partial(state_lib.init, optimizer=optimizer, ema=config.train.ema_decay > 0)
     key = jax.random.key(config.train.seed)
     like = jax.eval_shape(start, shapes)
@@ -65,6 +67,7 @@ def train(
         print("dry run: nothing was computed, nothing was written")
         return None
     files.check_space(workdir, _nbytes(like))
+    memory.keep_freed()
     if overwrite and workdir.exists():
         shutil.rmtree(workdir)
     files.write_json(workdir / "config.json", _recorded(config))
@@ -78,25 +81,18 @@ def train(
         else:
             params = _initial_params(filled, model, like, places, key)
             state = jax.jit(start, out_shardings=places)(params)
-        step_fn = functools.partial(
-            state_lib.update,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            ema_decay=config.train.ema_decay,
-        )
-        outputs = places, sharding.replicated(mesh)
-        step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=outputs)
+        step_fn = _compiled(model, mesh, *_optimizer_settings(config), config.train.ema_decay)
         ancestor = resumed or config.train.init_from
         inherited = assets.trainings_of(ancestor) if ancestor else []
         beside = series.Assets(
-            pipeline.asset_id, pipeline.norm_stats, [pipeline.training(), *inherited]
+            pipeline.asset_id, pipeline.norm_stats, [*pipeline.trainings(), *inherited]
         )
-        return _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn)
+        return _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn, rates)
     finally:
         saved.close()
 
 
-def _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn) -> TrainState:
+def _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn, rates) -> TrainState:
     """The steps. Metrics are read one step late, so that the device never waits for the host."""
     # Apart from the key of init.
     root_key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
@@ -108,7 +104,7 @@ def _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn) -> Tra
     pending, logged, place = None, (first, time.monotonic()), sharding.batch(mesh)
     for step in metrics.progress(range(first, last), "training", lines=0):
         batch = jax.device_put(pipeline.batch(step, config.train.batch_size), place)
-        state, values = step_fn(state, batch, root_key)
+        state, values = step_fn(state, batch, root_key, rates[step])
         if pending and (pending[0] % config.train.log_every == 0):
             logged = _log(writer, *pending, logged)
         pending = (step + 1, values)
@@ -172,16 +168,47 @@ def _check_settings(t: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.train.ema_decay is {t.ema_decay}; expected 0 (off) to below 1")
 
 
-def _optimizer(config: ml_collections.ConfigDict, shapes: Any):
-    t = config.train
+def _optimizer_settings(config: ml_collections.ConfigDict) -> tuple[float, float, tuple[str, ...]]:
+    return config.train.weight_decay, config.train.clip_norm, tuple(config.train.freeze)
+
+
+def _optimizer(
+    model: pi0.Pi0Config, weight_decay: float, clip_norm: float, freeze: tuple[str, ...]
+):
+    optimizer = optimizers.adamw(weight_decay=weight_decay, clip_norm=clip_norm)
+    return optimizers.freeze(optimizer, pi0.shapes(model), freeze)
+
+
+@functools.cache
+def _compiled(
+    model: pi0.Pi0Config,
+    mesh: jax.sharding.Mesh,
+    weight_decay: float,
+    clip_norm: float,
+    freeze: tuple[str, ...],
+    ema_decay: float,
+):
+    """The jitted step; runs of one process that differ in data or learning rate share it."""
+    optimizer = _optimizer(model, weight_decay, clip_norm, freeze)
+    start = functools.partial(state_lib.init, optimizer=optimizer, ema=ema_decay > 0)
+    places = sharding.parameters(mesh, jax.eval_shape(start, pi0.shapes(model)))
+    step_fn = functools.partial(
+        state_lib.update,
+        loss_fn=policies.loss_fn(model),
+        optimizer=optimizer,
+        ema_decay=ema_decay,
+    )
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+
+
+def _learning_rates(t: ml_collections.ConfigDict):
     schedule = optimizers.schedule(
         learning_rate=t.learning_rate,
         final_learning_rate=t.final_learning_rate,
         warmup_steps=t.warmup_steps,
         decay_steps=t.decay_steps,
     )
-    optimizer = optimizers.adamw(schedule, weight_decay=t.weight_decay, clip_norm=t.clip_norm)
-    return optimizers.freeze(optimizer, shapes, tuple(t.freeze))
+    return optimizers.learning_rates(schedule, t.num_steps)
 
 
 def _initial_params(filled: trees.Filled | None, model, like: TrainState, places: TrainState, key):
@@ -273,19 +300,21 @@ def _nbytes(tree: Any) -> int:
 
 def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathlib.Path) -> None:
     devices = mesh.devices.flat
-    dataset, total = pipeline.dataset, trees.num_params(like.params)
+    total = trees.num_params(like.params)
     frozen = optimizers.frozen_paths(like.params, tuple(config.train.freeze))
     flat = trees.flatten(like.params)
     still = sum(math.prod(flat[path].shape) for path in frozen)
     size = _nbytes(like)
+    data = "; ".join(
+        f"data {source.dataset.path}: {len(source.train_episodes)} episodes to train on, "
+        f"{len(source.held_out_episodes)} held out, {source.dataset.num_frames} frames in all"
+        for source in pipeline.sources
+    )
     print(
         f"{mesh.size} × {devices[0].device_kind} as {dict(mesh.shape)}; "
         f"{'π0.5' if model.pi05 else 'π0'} of "
         f"{total:,} parameters ({still:,} frozen), computed in {model.dtype}; state "
         f"{size / 1e6:,.1f} MB\n"
-        f"data {dataset.path}: {len(pipeline.train_episodes)} episodes to train on, "
-        f"{len(pipeline.held_out_episodes)} held out, {dataset.num_frames} frames in all; norm "
-        "stats from "
-        f"{pipeline.norm_stats_from}\n"
+        f"{data}; norm stats from {pipeline.norm_stats_from}\n"
         f"{config.train.num_steps} steps of {config.train.batch_size}; checkpoints in {workdir}"
     )

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import jax
+import numpy as np
 import optax
 
 from policymix import trees
@@ -26,13 +28,22 @@ def schedule(
     )
 
 
-def adamw(
-    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 1e-10, clip_norm: float = 1.0
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), b1 .9, b2 .95, after a global clip."""
+def learning_rates(schedule: optax.Schedule, num_steps: int) -> np.ndarray:
+    """float32 [num_steps], the learning rate of every step."""
+    return np.asarray(jax.vmap(schedule)(np.arange(num_steps)), np.float32)
+
+
+def adamw(*, weight_decay: float = 1e-10, clip_norm: float = 1.0) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), b1 .9, b2 .95, after a global clip.
+
+    Its updates are to be multiplied by the learning rate, which `state.update` does: the rate is
+    then an argument of the compiled step, and runs that differ in it share one program.
+    """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay),
+        optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-8),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale(-1.0),
     )
 
 

@@ -43,6 +43,7 @@ def update(
     state: TrainState,
     batch: Any,
     root_key: jax.Array,
+    learning_rate: jax.Array | float,
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -51,14 +52,17 @@ def update(
     """One optimizer step on one batch.
 
     The key is fold_in(root_key, step), so that a resumed run draws what the uninterrupted one would
-    have. ema ← ema_decay * ema + (1 - ema_decay) * params.
+    have. params ← params + learning_rate * updates of the optimizer;
+    ema ← ema_decay * ema + (1 - ema_decay) * params.
 
     Returns:
-      The next state, and {"loss", "grad_norm" (before clipping), "param_norm", and the loss's own}.
+      The next state, and {"loss", "grad_norm" (before clipping), "param_norm", "learning_rate",
+      and the loss's own}.
     """
     key = jax.random.fold_in(root_key, state.step)
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = optax.tree.scale(learning_rate, updates)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
@@ -67,5 +71,6 @@ def update(
         "loss": loss,
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(params),
+        "learning_rate": jnp.asarray(learning_rate, jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics

@@ -7,8 +7,10 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from policymix.data import writer
 from tests import oracle
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -166,6 +168,17 @@ def test_verbose_shows_the_traceback(tmp_path):
     assert "Traceback" in result.stderr
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A dataset of four episodes without videos."""
+    path = tmp_path_factory.mktemp("source") / "dataset"
+    action = {"dtype": "float32", "shape": [2], "names": None}
+    with writer.Writer(path, fps=10, features={"action": action}) as opened:
+        for _ in range(4):
+            opened.add_episode({"action": np.zeros((3, 2), np.float32)}, "push")
+    return path
+
+
 @pytest.mark.parametrize(
     ("main", "arguments"),
     [
@@ -173,11 +186,14 @@ def test_verbose_shows_the_traceback(tmp_path):
         ("dump_validation.py", (STATE, "--output=OUT")),
         ("mix.py", (f"--checkpoints={oracle.step('pi0', 'base')}", "--output=OUT")),
         ("quickstart.py", ("--output=OUT",)),
+        ("norm_stats.py", (STATE, "--output=OUT")),
+        ("split_dataset.py", ("--source=SOURCE", "--output=OUT")),
         ("benchmark.py", ()),
     ],
 )
-def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path):
-    arguments = [a.replace("OUT", str(tmp_path / "out")) for a in arguments]
+def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path, source):
+    out = str(tmp_path / "out")
+    arguments = [a.replace("OUT", out).replace("SOURCE", str(source)) for a in arguments]
     assert succeeds(main, *arguments, "--dry_run").strip()
     assert not list(tmp_path.iterdir())
 

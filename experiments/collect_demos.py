@@ -1,0 +1,41 @@
+r"""Collects demonstrations of a simulator's experts as a LeRobot dataset; successful ones only.
+
+python experiments/collect_demos.py --env=metaworld/push-v3 --num_episodes=40 --output=demos/push
+python experiments/collect_demos.py --env=metaworld/plate-slide-v3@0:0.2 --output=demos/narrow
+python experiments/collect_demos.py --env=pusht/PushT-v0 --output=demos/pusht
+"""
+
+import pathlib
+
+from absl import flags
+
+from policymix import app
+
+_CONFIG = app.define_config(__file__)
+_ENV = flags.DEFINE_string(
+    "env", "", "SIMULATOR/TASK,TASK; TASK@LOW:HIGH starts in that part. Default config.evaluate.env"
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset to write.", required=True)
+_NUM_EPISODES = flags.DEFINE_integer("num_episodes", 50, "Successful episodes of each task.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the first episode's start; the next ones count on.")
+_NOISE = flags.DEFINE_float("noise", 0.0, "On executed actions, in halves of the action's range.")
+
+
+def main() -> None:
+    from policymix.runs import collect_demos
+
+    collect_demos.collect(
+        _ENV.value or _CONFIG.value.evaluate.env,
+        pathlib.Path(_OUTPUT.value),
+        num_episodes=_NUM_EPISODES.value,
+        seed=_SEED.value,
+        max_steps=_CONFIG.value.evaluate.max_steps,
+        noise=_NOISE.value,
+        num_workers=_CONFIG.value.evaluate.num_workers,
+        overwrite=flags.FLAGS.overwrite,
+        dry_run=flags.FLAGS.dry_run,
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

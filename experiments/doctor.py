@@ -1,0 +1,24 @@
+"""Says what is installed, what is missing, and the command that mends it.
+
+python experiments/doctor.py
+"""
+
+from absl import flags
+
+from policymix import app
+
+_CONFIG = app.define_config(__file__)
+
+
+def main() -> None:
+    from policymix.runs import doctor
+
+    findings = doctor.examine()
+    print(doctor.table(findings))
+    broken = [finding.what for finding in findings if finding.state == "broken"]
+    if broken and not flags.FLAGS.dry_run:
+        raise ValueError(f"broken: {', '.join(broken)}; the lines above say how to mend it")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,66 @@
+"""Statistics of a dataset's features as LeRobot stores them: min, max, mean, deviation, quantiles.
+
+Quantiles are exact (linear between neighbours), where LeRobot estimates them by histograms. Those
+of pictures are of sampled frames, channel by channel, in [0, 1].
+"""
+
+import numpy as np
+
+_QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+NAMES = ("min", "max", "mean", "std", "count", *_QUANTILES)
+_LARGE, _TARGET = 300, 150  # sides in pixels: from _LARGE on pictures are thinned towards _TARGET
+
+
+def of_numbers(values: np.ndarray) -> dict[str, np.ndarray]:
+    """[T, …, n] → {name: [n]} over all other axes, as LeRobot; of scalars [T] → [1].
+
+    "count" is [1], the number of frames.
+    """
+    frames = len(values)
+    values = values.reshape(-1, 1 if values.ndim == 1 else values.shape[-1])
+    exact = values.astype(np.float64)
+    moments = {
+        "min": values.min(0),
+        "max": values.max(0),
+        "mean": exact.mean(0),
+        "std": exact.std(0),
+        "count": np.array([frames]),
+    }
+    quantiles = np.quantile(exact, list(_QUANTILES.values()), axis=0)
+    return moments | dict(zip(_QUANTILES, quantiles, strict=True))
+
+
+def sampled(num_frames: int) -> np.ndarray:
+    """The frames of an episode whose pictures are counted: num_frames^0.75, evenly spaced."""
+    count = max(min(100, num_frames), min(int(num_frames**0.75), 10_000))
+    return np.round(np.linspace(0, num_frames - 1, count)).astype(np.int64)
+
+
+def histogram(image: np.ndarray) -> np.ndarray:
+    """How often each value occurs: uint8 [hh, ww, 3] → int64 [3, 256]; large pictures thinned."""
+    height, width = image.shape[:2]
+    stride = 1 if max(height, width) < _LARGE else max(1, max(height, width) // _TARGET)
+    channels = np.moveaxis(image[::stride, ::stride], -1, 0)
+    return np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
+
+
+def of_histogram(counts: np.ndarray, num_images: int) -> dict[str, np.ndarray]:
+    """[3, 256] of `num_images` pictures → {name: [3, 1, 1]} in [0, 1]; "count" is [1]."""
+    levels, total = np.arange(256) / 255, counts.sum(1, keepdims=True)
+    mean = (counts * levels).sum(1, keepdims=True) / total
+    variance = (counts * (levels - mean) ** 2).sum(1, keepdims=True) / total
+    below = np.cumsum(counts, axis=1)
+
+    def quantile(q: float) -> np.ndarray:
+        places = q * (total[:, 0] - 1)
+        low, high = (
+            np.array([np.searchsorted(b, p, side="right") for b, p in zip(below, ps, strict=True)])
+            for ps in (np.floor(places), np.ceil(places))
+        )
+        return (levels[low] + (places % 1) * (levels[high] - levels[low]))[:, None]
+
+    found = {"min": quantile(0), "max": quantile(1), "mean": mean, "std": np.sqrt(variance)}
+    found |= {name: quantile(q) for name, q in _QUANTILES.items()}
+    return {name: values[..., None] for name, values in found.items()} | {
+        "count": np.array([num_images])
+    }

@@ -1,0 +1,45 @@
+"""The memory of this process: how much it has taken, and that it keeps what it will need again."""
+
+import ctypes
+import pathlib
+import resource
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+
+
+def peak_bytes() -> int:
+    """The largest resident size this process has had, since the last `reset_peak` if any."""
+    status = pathlib.Path("/proc/self/status")
+    peak = None
+    if status.exists():  # getrusage would count what the parent had before it started us
+        lines = status.read_text().splitlines()
+        peak = next((line for line in lines if line.startswith("VmHWM")), None)
+    if peak:
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def reset_peak() -> None:
+    """Lets `peak_bytes` count anew; where the system has no such thing, nothing happens."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def keep_freed() -> None:
+    """Freed memory stays with the process, where glibc would give large blocks back at once.
+
+    XLA on a CPU allocates its buffers anew for every call: small training steps spend a quarter of
+    their time in page faults otherwise. Elsewhere than on glibc nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 * 2**20)

@@ -1,0 +1,127 @@
+"""Demonstrations of a simulator's experts, as a LeRobot dataset."""
+
+import contextlib
+import itertools
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from policymix import files, metrics
+from policymix.data import writer
+from policymix.sim import envs, experts, workers
+
+SOURCE = "collected.json"
+_MOST_ATTEMPTS = 10  # for each demonstration wanted, before the expert is given up on
+
+
+def collect(
+    env: str,
+    output: pathlib.Path,
+    *,
+    num_episodes: int,
+    seed: int = 0,
+    max_steps: int = 0,
+    noise: float = 0.0,
+    num_workers: int = 0,
+    pool: workers.Pool | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Writes `num_episodes` successful episodes of every task into one dataset, task after task.
+
+    Starts are drawn from the seeds `seed`, `seed` + 1, …; those that the expert fails are left out
+    and later seeds take their place. The dataset does not depend on the number of processes.
+
+    Args:
+      env: SIMULATOR/TASK,TASK, each task as `envs.parse` reads it.
+      max_steps: after how many an episode has failed; 0: 150 in Meta-World, 300 in PushT.
+      noise: on the executed actions, see `experts.demonstrate`.
+      num_workers: processes with environments; 0: one per core. pool: one to use in their place.
+
+    Raises:
+      ValueError, OSError: bad arguments, a missing simulator, output that exists, or an expert that
+        fails ten times as often as it is needed.
+    """
+    tasks = envs.parse_all(env)
+    if num_episodes < 1 or seed < 0 or max_steps < 0 or not noise >= 0:
+        raise ValueError(
+            "collecting needs num_episodes of at least 1 and no negative seed, max_steps or noise; "
+            f"got {num_episodes}, {seed}, {max_steps} and {noise}"
+        )
+    output = files.local(output)
+    files.check_output(output, overwrite=overwrite, ours=_is_collected)
+    max_steps = max_steps or envs.MAX_STEPS[tasks[0].simulator]
+    made = {task: envs.make(task) for task in tasks}
+    print(
+        f"{num_episodes} demonstrations of each of {', '.join(map(str, tasks))} in "
+        f"{tasks[0].simulator}, at most {max_steps} steps, seeds from {seed}; into {output}"
+    )
+    if dry_run:
+        print("dry run: nothing was written")
+        return
+    own = (
+        contextlib.nullcontext(pool)
+        if pool
+        else workers.Pool(num_workers or workers.default_workers())
+    )
+    first = next(iter(made.values()))
+    with (
+        own as pool,
+        writer.Writer(
+            output,
+            fps=first.fps,
+            features=first.features,
+            robot_type=tasks[0].simulator,
+            overwrite=overwrite,
+        ) as dataset,
+    ):
+        found = _successes(pool, tasks, num_episodes, seed, max_steps, noise)
+        for task in tasks:
+            for episode in found[task]:
+                dataset.add_episode(episode, made[task].prompt)
+        told = {"env": env, "num_episodes": num_episodes, "seed": seed}
+        told |= {"max_steps": max_steps, "noise": noise}
+        told["versions"] = envs.versions(tasks[0].simulator)
+        files.write_json(dataset.folder / SOURCE, told)
+    frames = sum(len(episode["action"]) for task in tasks for episode in found[task])
+    print(f"{num_episodes * len(tasks)} episodes, {frames} frames written to {output}")
+
+
+def _successes(
+    pool: workers.Pool,
+    tasks: Sequence[envs.Task],
+    num_episodes: int,
+    seed: int,
+    max_steps: int,
+    noise: float,
+) -> dict[envs.Task, list[experts.Episode]]:
+    """Rounds of attempts, each of as many as are still lacking, so that few are made in vain."""
+    found: dict[envs.Task, list[experts.Episode]] = {task: [] for task in tasks}
+    seeds = {task: itertools.count(seed) for task in tasks}
+    tried = dict.fromkeys(tasks, 0)
+    with metrics.Progress("demonstrations", num_episodes * len(tasks)) as shown:
+        while jobs := list(_lacking(found, seeds, num_episodes)):
+            for task, _ in jobs:
+                tried[task] += 1
+            episodes = pool.map_demonstrations(jobs, max_steps, noise)
+            for (task, _), episode in zip(jobs, episodes, strict=True):
+                if episode is not None:
+                    found[task].append(episode)
+                    shown.step()
+            for task, attempts in tried.items():
+                if attempts >= _MOST_ATTEMPTS * num_episodes and len(found[task]) < num_episodes:
+                    raise ValueError(
+                        f"the expert of {task} succeeded in {len(found[task])} of {attempts} "
+                        f"episodes of at most {max_steps} steps: allow more steps, or less noise"
+                    )
+    return found
+
+
+def _lacking(found, seeds, num_episodes: int) -> Iterator[tuple[envs.Task, int]]:
+    for task, episodes in found.items():
+        for _ in range(num_episodes - len(episodes)):
+            yield task, next(seeds[task])
+
+
+def _is_collected(path: pathlib.Path) -> bool:
+    """Whether this command wrote that dataset."""
+    return (path / SOURCE).is_file()

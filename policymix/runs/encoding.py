@@ -1,0 +1,130 @@
+"""What the network takes and gives, from and to what a dataset or a robot has: normalisation,
+padding, prompts, cameras.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from policymix.data import tokenizer
+from policymix.models import pi0
+from policymix.structs import Batch, Observation
+from policymix.transforms import normalize, prompts
+
+
+class Encoder:
+    """Raw examples → batches, sampled actions → raw ones.
+
+    Attributes:
+      model: the network's configuration; norm_stats: {"state", "actions"}.
+      cameras: {camera of the model: picture feature of the dataset}; empty where
+        config.data.mask_cameras lets them all be absent.
+    """
+
+    def __init__(
+        self,
+        model: pi0.Pi0Config,
+        data: ml_collections.ConfigDict,
+        norm_stats: normalize.Stats,
+    ):
+        self.model, self.norm_stats, self.cameras = model, norm_stats, cameras(model, data)
+        self._quantiles = data.quantiles
+        self._tokenizer = _tokenizer(model, data.tokenizer)
+        self._prompts: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # few, and met at every step
+
+    def observation(self, raw: Mapping[str, Any]) -> Observation:
+        """What the network sees.
+
+        Args:
+          raw: "state" [b, p]; "prompt": b sentences; "images": {camera of the model: uint8
+            [b, hh, ww, 3]}, needed for `cameras`.
+        """
+        state = self._normalized(raw["state"], "state")
+        tokens, mask = self._tokens(raw["prompt"], state) if self._tokenizer else (None, None)
+        size, images, masks = len(state), {}, {}
+        for camera in self.model.image_keys:
+            masks[camera] = np.full(size, camera in self.cameras)
+            if camera in self.cameras:
+                images[camera] = self._picture(raw["images"][camera], camera)
+            else:
+                images[camera] = np.zeros((size, *self.model.image_resolution, 3), np.uint8)
+        return Observation(images, masks, _pad(state, self.model.proprio_dim), tokens, mask)
+
+    def batch(self, raw: Mapping[str, Any]) -> Batch:
+        """The same with the "actions" [b, h, a] that follow."""
+        actions = self._normalized(raw["actions"], "actions")
+        return Batch(self.observation(raw), _pad(actions, self.model.action_dim))
+
+    def actions(self, sampled: np.ndarray) -> np.ndarray:
+        """What the network sampled [b, h, action_dim] → actions of the robot, float32 [b, h, a]."""
+        stats = self.norm_stats["actions"]
+        kept = np.asarray(sampled)[..., : len(stats.mean)]
+        return normalize.unnormalize(kept, stats, use_quantiles=self._quantiles).astype(np.float32)
+
+    def _normalized(self, values: np.ndarray, key: str) -> np.ndarray:
+        stats = self.norm_stats[key]
+        return normalize.normalize(values, stats, use_quantiles=self._quantiles).astype(np.float32)
+
+    def _tokens(self, texts, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.model.discrete_state_input:
+            return self._tokenizer.encode(
+                [prompts.pi05(text, row) for text, row in zip(texts, state, strict=True)]
+            )
+        for text in set(texts) - self._prompts.keys():
+            ((tokens,), (mask,)) = self._tokenizer.encode([prompts.pi0(text)])
+            self._prompts[text] = tokens, mask
+        tokens, masks = zip(*(self._prompts[text] for text in texts), strict=True)
+        return np.stack(tokens), np.stack(masks)
+
+    def _picture(self, images: np.ndarray, camera: str) -> np.ndarray:
+        expected = (*self.model.image_resolution, 3)
+        if images.shape[1:] != expected:
+            raise ValueError(
+                f"pictures of {self.cameras[camera]!r} are {images.shape[1:]}, "
+                f"config.model.image_resolution expects {expected}: set it to that of the pictures"
+            )
+        return images
+
+
+def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, str]:
+    """{camera of the model: picture feature}. ValueError for one that has none."""
+    if data.mask_cameras:
+        return {}
+    named = dict(data.cameras)
+    if unknown := sorted(set(named) - set(model.image_keys)):
+        near = difflib.get_close_matches(unknown[0], model.image_keys, n=1)
+        raise ValueError(
+            f"config.data.cameras names {unknown[0]!r}, config.model.image_keys are "
+            f"{list(model.image_keys)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if lacking := [camera for camera in model.image_keys if camera not in named]:
+        raise ValueError(
+            f"config.model.image_keys names the cameras {lacking}, and config.data.cameras says of "
+            "no picture feature that it is theirs; name it there, set config.model.image_keys to "
+            "(), or config.data.mask_cameras=True to go on as if every camera were absent"
+        )
+    return {camera: named[camera] for camera in model.image_keys}
+
+
+def _tokenizer(model: pi0.Pi0Config, name: str) -> tokenizer.ByteTokenizer | None:
+    """None for a model without prompts. ValueError if it does not fit the vocabulary."""
+    if not model.max_token_len:
+        return None
+    if name == "words":
+        return tokenizer.WordTokenizer(model.max_token_len, model.vocab_size)
+    if name != "bytes":
+        raise ValueError(f"config.data.tokenizer is {name!r}; expected bytes or words")
+    made = tokenizer.ByteTokenizer(model.max_token_len)
+    if model.vocab_size < made.vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size is {model.vocab_size}; byte prompts need {made.vocab_size}"
+        )
+    return made
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
+    """Zeros up to the model's dimension."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])
