@@ -122,5 +122,6 @@ def shrink_quickstart(sizes: ml_collections.ConfigDict) -> None:
     """Every stage of the quickstart in seconds; nothing is learned."""
     sizes.update({"pretraining_episodes": 4, "soup_episodes": 6, "validation_episodes": 4})
     sizes.update({"pretraining_steps": 4, "soup_steps": 4, "narrow_steps": 4, "narrow_episodes": 4})
-    sizes.update({"soup_rollouts": 4, "rollouts": 4, "pretraining_rollouts": 2})
+    sizes.update({"soup_rollouts": 4, "narrow_rollouts": 4, "shifted_rollouts": 4})
+    sizes.update({"pretraining_rollouts": 2})
     sizes.update({"small_learning_rates": (3e-4,), "merge_ratios": (0.0, 0.4, 0.5, 1.0)})

@@ -7,7 +7,7 @@ r"""A small π0 on Meta-World's states, no cameras: what `make quickstart` train
   python experiments/evaluate.py --config=configs/pi0_metaworld.py --checkpoints=runs/mine/2000 \
     --env=metaworld/reach-v3,door-open-v3 --output=evaluations/mine
 
-Model: 0.8 M parameters, 39 numbers of state, chunks of 8 actions of 4 numbers, a token per word of
+Model: 0.6 M parameters, 39 numbers of state, chunks of 8 actions of 4 numbers, a token per word of
 the prompt. `:debug` takes four steps of a network half as deep.
 """
 
@@ -32,11 +32,11 @@ TASKS = (
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.get_config()
-    heads = {"depth": 4, "num_heads": 4, "num_kv_heads": 1, "head_dim": 32}
+    heads = {"depth": 4, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
     config.model = ml_collections.ConfigDict(
         {
             "paligemma_variant": {"width": 64, "mlp_dim": 128} | heads,
-            "action_expert_variant": {"width": 128, "mlp_dim": 256} | heads,
+            "action_expert_variant": {"width": 128, "mlp_dim": 128} | heads,
             "siglip_variant": "mu/28",
             "vocab_size": 1024,
             "pi05": False,
@@ -76,15 +76,15 @@ def _quickstart() -> ml_collections.ConfigDict:
             "pretraining_env": "metaworld/" + ",".join(TASKS),
             "pretraining_episodes": 40,  # of each task
             "pretraining_steps": 2000,
-            # Act one: three fine-tunes on splits of a new task that differ.
+            # Act one: three fine-tunes on disjoint splits of a new task.
             "soup_env": "metaworld/push-v3",
             "soup_episodes": 18,
             "num_splits": 3,
-            "sort_by": "observation.state[4]",  # x of the object
+            "sort_by": "",  # episodes are shuffled, or sorted as in "observation.state[4]"
             "soup_steps": 300,
             "validation_episodes": 12,
             "held_out": 0.5,  # of them, to report losses on
-            "soup_rollouts": 200,
+            "soup_rollouts": 100,
             # Act two: a fine-tune on a narrow range of starts.
             "narrow_env": "metaworld/plate-slide-v3@0:0.2",
             "shifted_env": "metaworld/plate-slide-v3@0.3:1",
@@ -92,7 +92,8 @@ def _quickstart() -> ml_collections.ConfigDict:
             "narrow_steps": 500,
             "small_learning_rates": (3e-4, 1e-4),
             "merge_ratios": (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0),
-            "rollouts": 100,
+            "narrow_rollouts": 60,
+            "shifted_rollouts": 100,
             "pretraining_rollouts": 10,  # of each task
             "noise": 0.0,  # on the experts' actions
         }

@@ -49,6 +49,16 @@ FLOORS = (
         ),
         "sim": ("metaworld", "pusht", "envs", "pushes", "experts", "worker", "workers"),
         "serving": ("protocol", "server", "client"),
+        "reports": (
+            "tables",
+            "rates",
+            "pages",
+            "mixes",
+            "evaluations",
+            "verdicts",
+            "pictures",
+            "quickstart",
+        ),
     },
     {
         "": (

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from policymix import memory, reports, trees
+from policymix import memory, trees
 from policymix.checkpoints import store, streaming
 from policymix.mixing import objective as objective_lib
 from policymix.models import flow, pi0
+from policymix.reports import tables
 from policymix.structs import Batch
 
 _REPEATS = 3
@@ -51,7 +52,7 @@ def run(config: pi0.Pi0Config, rows: Sequence[str]) -> str:
     header = ["ours / straightforward", "wall s", "CPU s", "faster", "peak MB"]
     device = jax.devices()[0]
     told = f"{device.device_kind} ({device.platform}), medians of {_REPEATS}"
-    return f"{told}\n{reports.table(lines, header)}"
+    return f"{told}\n{tables.table(lines, header)}"
 
 
 def _interleaved(*sides: Callable[[], Measurement]) -> tuple[Measurement, ...]:

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 
-from policymix import reports
+from policymix.reports import tables
 from policymix.sim import envs, workers
 
 _LEAST_PYTHON = (3, 11)
@@ -43,7 +43,7 @@ def examine() -> list[Finding]:
 def table(findings: list[Finding]) -> str:
     """A line each, and below them what to do."""
     rows = [[f.what, f.state, f.found] for f in findings]
-    lines = [reports.table(rows, ["", "state", "found"])]
+    lines = [tables.table(rows, ["", "state", "found"])]
     todo = [f for f in findings if f.mend]
     lines += [f"{f.what}: {f.mend}" for f in todo] or ["nothing is to be done"]
     return "\n".join(lines)

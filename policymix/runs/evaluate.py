@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from policymix import evaluation_reports, files, intervals, memory, reports
+from policymix import files, intervals, memory
 from policymix.checkpoints import provenance
 from policymix.data import validation as validation_lib
+from policymix.reports import evaluations, tables
 from policymix.runs import judge as judge_lib
 from policymix.runs import policies, rollouts
 from policymix.sim import envs, workers
@@ -87,7 +88,7 @@ def evaluate(
             results = rollouts.roll_out(policy, pool, episodes, config, prompts)
             told.append(_describe(name, policy, judge, results))
             told[-1]["seconds"] = time.monotonic() - begun
-            print(evaluation_reports.line(told[-1]))
+            print(evaluations.line(told[-1]))
             policy.unload()
         environments = pool.peak_memory_bytes()
     report = {
@@ -104,9 +105,9 @@ def evaluate(
     }
     with files.whole_directory(request.output, overwrite=request.overwrite) as partial:
         files.write_json(partial / RESULT, report)
-        evaluation_reports.draw(report, partial / "report.png")
-        evaluation_reports.write_page(report, partial / "report.html")
-    print(evaluation_reports.table(report))
+        evaluations.draw(report, partial / "report.png")
+        evaluations.write_page(report, partial / "report.html")
+    print(evaluations.table(report))
     print(f"written to {request.output}")
     return report
 
@@ -134,7 +135,7 @@ def _names(request: Request) -> list[str]:
         raise ValueError(
             f"{len(request.names)} names for {len(request.checkpoints)} checkpoints; give one each"
         )
-    names = list(request.names) or reports.labels(request.checkpoints)
+    names = list(request.names) or tables.labels(request.checkpoints)
     if len(set(names)) < len(names):
         raise ValueError(f"checkpoints are named twice: {names}")
     return names

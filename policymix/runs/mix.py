@@ -16,10 +16,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from policymix import files, memory, metrics, reports, trees
+from policymix import files, memory, metrics, trees
 from policymix.checkpoints import assets, provenance, store, streaming
 from policymix.data import validation as validation_lib
 from policymix.mixing import rules, search
+from policymix.reports import mixes
 from policymix.runs import inputs as inputs_lib
 from policymix.runs import judge as judge_lib
 from policymix.runs import policies
@@ -81,7 +82,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
         report["seconds"] = time.monotonic() - started
         report["peak_memory_bytes"] = memory.peak_bytes()
         files.write_json(partial / "mix.json", report)
-    print(reports.mix_table(report))
+    print(mixes.table(report))
     print(f"written to {request.output}")
     return report
 
@@ -285,7 +286,7 @@ def _write(
         "num_params": trees.num_params(mixed.params),
         "geometry": provenance.geometry(mixed.gram, mixed.square_norm, base=inputs.base),
     }
-    reports.draw_mix(report, directory / "mix.png")
+    mixes.draw(report, directory / "mix.png")
     return report
 
 
@@ -301,7 +302,7 @@ def _write_sweep(config, request, inputs, judge, told, directory: pathlib.Path) 
         sweep[-1]["loss"] = one["loss"]
     common = {key: one[key] for key in ("norm_stats", "dtypes", "num_params", "geometry")}
     report = dict(told) | common | {"sweep": sweep}
-    reports.draw_sweep(report, directory / "mix.png")
+    mixes.draw_sweep(report, directory / "mix.png")
     return report
 
 

@@ -5,8 +5,9 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from policymix import files, reports
+from policymix import files
 from policymix.checkpoints import assets
+from policymix.reports import tables
 from policymix.runs import pipeline as pipeline_lib
 from policymix.runs import policies
 from policymix.transforms import normalize
@@ -57,7 +58,7 @@ def describe(stats: normalize.Stats) -> str:
             rows.append([f"{key}[{d}]", *(f"{value:.6g}" for value in values)])
         unchanged = np.flatnonzero(entry.std <= _CONSTANT * np.abs(entry.mean))
         constant += [f"{key}[{d}]" for d in unchanged]
-    table = reports.table(rows, ["", *normalize.FIELDS])
+    table = tables.table(rows, ["", *normalize.FIELDS])
     if not constant:
         return table
     return (

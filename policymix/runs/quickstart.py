@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from policymix import files, quickstart_reports
+from policymix import files
+from policymix.reports import quickstart as quickstart_reports
 from policymix.runs import (
     collect_demos,
     dump_validation,
@@ -69,7 +70,7 @@ class Quickstart:
         files.write_json(self.output / "report.json", report)
         quickstart_reports.draw(report, self.output / "report.png")
         quickstart_reports.write_page(report, self.output / "report.html")
-        print(f"\n{quickstart_reports.tables(report)}")
+        print(f"\n{quickstart_reports.summary(report)}")
         print(f"\nreport: {self.output / 'report.html'} and report.png")
         return report
 
@@ -110,8 +111,8 @@ class Quickstart:
         """What act two measures: (name, env, episodes of each task)."""
         q = self.q
         return [
-            ("in distribution", q.narrow_env, q.rollouts),
-            ("out of distribution", q.shifted_env, q.rollouts),
+            ("in distribution", q.narrow_env, q.narrow_rollouts),
+            ("out of distribution", q.shifted_env, q.shifted_rollouts),
             ("pretraining tasks", q.pretraining_env, q.pretraining_rollouts),
         ]
 
@@ -315,8 +316,9 @@ class Quickstart:
             rows[-1]["outcomes"] = found["outcomes"]
         return {
             "task": self.q.soup_env,
-            "note": f"{self.q.soup_episodes} demonstrations in {self.q.num_splits} disjoint splits"
-            f", sorted by {self.q.sort_by}; losses on {self.q.validation_episodes} others",
+            "note": f"{self.q.soup_episodes} demonstrations in {self.q.num_splits} disjoint splits, "
+            + (f"sorted by {self.q.sort_by}" if self.q.sort_by else "shuffled")
+            + f"; losses on {self.q.validation_episodes} others",
             "inputs": [self._label(name) for name in self.splits],
             "rows": sorted(rows, key=lambda row: _KINDS.index(row["kind"])),
             "geometry": mixes["average"]["geometry"],

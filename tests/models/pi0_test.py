@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from policymix import trees
@@ -63,7 +64,7 @@ def random_inputs(config: pi0.Pi0Config, batch_size: int = 2):
             for name in config.image_keys
         },
         image_masks={name: np.ones(batch_size, bool) for name in config.image_keys},
-        proprio=rng.standard_normal((batch_size, config.action_dim), np.float32),
+        proprio=rng.standard_normal((batch_size, config.proprio_dim), np.float32),
         prompt_tokens=rng.integers(0, config.vocab_size, (batch_size, length), np.int32),
         prompt_mask=np.arange(length)[None] < np.full((batch_size, 1), max(length - 2, 0)),
     )
@@ -219,7 +220,8 @@ def test_any_cameras_and_prompts_run(model, cameras, length):
 
 @MODELS
 def test_the_cached_sampler_is_euler_integration_of_velocity(model):
-    config, steps = small_config(pi05=model == "pi05", image_keys=("a", "b")), 4
+    pi05 = model == "pi05"  # its layers are scanned, those of π0 unrolled
+    config, steps = small_config(pi05=pi05, remat=pi05, image_keys=("a", "b")), 4
     observation, noise, _ = random_inputs(config)
     observation = dataclasses.replace(
         observation, image_masks=observation.image_masks | {"b": np.array([True, False])}
@@ -283,6 +285,45 @@ def test_computing_in_bfloat16_stays_near_float32_and_keeps_the_parameters():
     assert 1e-5 < np.abs(rough - exact).max() < 0.02 * np.abs(exact).max()
 
 
+@MODELS
+def test_layers_unrolled_and_kept_compute_what_scanned_ones_do(model):
+    scanned = small_config(pi05=model == "pi05", image_keys=())
+    unrolled = dataclasses.replace(scanned, remat=False)
+    assert trees.difference(pi0.shapes(scanned), pi0.shapes(unrolled)) is None
+    observation, x_t, t = random_inputs(scanned)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(config, params):
+        def loss(params):
+            v_t = pi0.velocity(config, params, observation, x_t, t)
+            return jnp.mean(flow.squared_error(v_t, x_t)), v_t
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    found = [everything(config, noisy_params(scanned)) for config in (scanned, unrolled)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *found)
+    assert float(optax.tree.norm(found[0][1])) > 0.1
+
+
+def test_proprio_of_its_own_length_changes_one_array():
+    """state_proj's kernel, and the numbers that come of it."""
+    config = small_config(image_keys=())
+    longer = dataclasses.replace(config, proprio_dim=11)
+    ours, theirs = (trees.flatten(pi0.shapes(c)) for c in (config, longer))
+    assert ours.keys() == theirs.keys()
+    assert [path for path in ours if ours[path].shape != theirs[path].shape] == [
+        "state_proj/kernel"
+    ]
+    assert theirs["state_proj/kernel"].shape == (11, 8)
+    params = noisy_params(longer)
+    observation, x_t, t = random_inputs(longer)
+    seen = velocity(longer, params, observation, x_t, t)
+    other = dataclasses.replace(observation, proprio=observation.proprio * ([1] * 10 + [2]))
+    assert np.abs(seen - velocity(longer, params, other, x_t, t)).max() > 1e-5
+    with pytest.raises(ValueError, match=r"shape of proprio is \(2, 3\), the model expects .2, 11"):
+        pi0.velocity(longer, params, random_inputs(config)[0], x_t, t)
+
+
 def test_experts_of_different_depth_are_refused():
     with pytest.raises(ValueError, match=r"share depth, num_heads.*\(2, 2, 1, 8\) and \(3, 2"):
         small_config(action_expert_variant=SMALL | {"depth": 3})
@@ -292,6 +333,7 @@ def test_experts_of_different_depth_are_refused():
     ("fields", "message"),
     [
         ({"action_dim": 0}, "action_dim is 0"),
+        ({"proprio_dim": 0}, "proprio_dim is 0"),
         ({"dtype": "float64"}, "dtype is 'float64'"),
         ({"image_resolution": (56, 14)}, "smaller than one patch"),
         ({"paligemma_variant": {"width": 4}}, "a Gemma size has the fields"),

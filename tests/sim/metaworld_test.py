@@ -82,6 +82,82 @@ def _starts(text, seeds):
     return np.stack([env.reset(seed)["observation.state"] for seed in seeds])
 
 
+def _episode(env, first, actions):
+    """States of an episode that was just reset, its scores and successes."""
+    states, rest = [first["observation.state"]], []
+    for action in actions:
+        observation, *told = env.step(action)
+        states.append(observation["observation.state"])
+        rest.append(told)
+    return np.stack(states), rest
+
+
+def _check_remembered(name, steps):
+    """A start is computed once, and restored from memory from then on."""
+    task, rng = envs.parse("metaworld", name), np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (steps, 4)).astype(np.float32)
+    first, alive, later, other = (envs.make(task) for _ in range(4))
+    simulation = first._simulation
+    simulation.starts.clear()
+    expected = _episode(first, first.reset(7), actions)
+    assert len(simulation.starts) == 1
+    first.reset(8)
+    begun = alive.reset(7)  # stays alive while the others play
+    half = _episode(alive, begun, actions[: steps // 2])
+    _episode(other, other.reset(9), actions)
+    restored = _episode(later, later.reset(7), actions)
+    rest = _episode(alive, {"observation.state": half[0][-1]}, actions[steps // 2 :])
+    assert len(simulation.starts) == 3
+    _same_episode(restored, expected)
+    _same_episode((np.vstack([half[0], rest[0][1:]]), half[1] + rest[1]), expected)
+    _same_episode(_episode(first, first.reset(7), actions), expected)
+    assert np.abs(expected[0][-1] - expected[0][0]).max() > 1e-3
+
+
+def _same_episode(found, expected):
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_start_from_memory_gives_the_same_episode(name):
+    _check_remembered(name, 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", envs.TASKS["metaworld"])
+def test_a_start_of_every_task_from_memory_gives_the_same_episode(name):
+    _check_remembered(name, 40)
+
+
+def test_an_observation_from_memory_is_the_callers_own():
+    env = envs.make(envs.parse("metaworld", "push-v3"))
+    first = env.reset(11)["observation.state"]
+    expected = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(env.reset(11)["observation.state"], expected)
+
+
+def test_parts_of_the_range_have_starts_of_their_own():
+    everywhere, part = (_starts(text, [5, 5]) for text in ("push-v3", "push-v3@0.8:1"))
+    assert (everywhere[0] != part[0]).any()
+    assert (everywhere[0] == everywhere[1]).all()
+    assert (part[0] == part[1]).all()
+
+
+def test_the_oldest_start_is_forgotten_for_a_new_one(monkeypatch):
+    from policymix.sim import metaworld
+
+    env = envs.make(envs.parse("metaworld", "reach-v3"))
+    env._simulation.starts.clear()
+    monkeypatch.setattr(metaworld, "_MOST_STARTS", 2)
+    first = env.reset(0)["observation.state"]
+    for seed in (1, 2):
+        env.reset(seed)
+    assert [seed for _, _, seed in env._simulation.starts] == [1, 2]
+    np.testing.assert_array_equal(env.reset(0)["observation.state"], first)
+
+
 def test_starts_lie_in_the_chosen_part():
     everywhere, part = _starts("push-v3", range(12)), _starts("push-v3@0.8:1", range(12))
     for x in (4, 36):  # of the puck and of the goal, both from -0.1 to 0.1

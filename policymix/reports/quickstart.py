@@ -5,14 +5,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from policymix import (
-    evaluation_reports,
-    files,
-    pages,
-    quickstart_pictures,
-    quickstart_verdicts,
-    reports,
-)
+from policymix import files
+from policymix.reports import pages, pictures, rates, tables, verdicts
 
 _MEASURED = (
     "Every policy of a table met the same starts with the same noise in its actions. Intervals are "
@@ -21,30 +15,18 @@ _MEASURED = (
 )
 
 
-def soup_sentence(soup: Mapping[str, Any]) -> str:
-    """Whether the mix, chosen by selection loss, beats the best single checkpoint, and a control
-    the mix.
-    """
-    return quickstart_verdicts.soup_sentence(soup)
-
-
-def retain_sentence(retain: Mapping[str, Any]) -> str:
-    """What fine-tuning forgot, how much a merge recovers, and whether a control does as well."""
-    return quickstart_verdicts.retain_sentence(retain)
-
-
-def tables(report: Mapping[str, Any]) -> str:
+def summary(report: Mapping[str, Any]) -> str:
     """Everything for the terminal."""
     soup, retain = report["soup"], report["retain"]
-    stages = _stages(quickstart_pictures.grouped(report["stages"]))
+    stages = _stages(pictures.grouped(report["stages"]))
     return "\n\n".join(
         [
             f"soup on {soup['task']}: {soup['note']}\n{_soup_table(soup)}",
             f"{_chosen(soup)}\n{_wrapped(_geometry(soup))}",
-            _wrapped(soup_sentence(soup)),
-            f"RETAIN on {retain['task']}: {retain['note']}\n{reports.table(*_retain(retain))}",
-            _wrapped(retain_sentence(retain)),
-            f"stages, {report['seconds']:.0f} s in all\n{reports.table(*stages)}",
+            _wrapped(verdicts.soup_sentence(soup)),
+            f"RETAIN on {retain['task']}: {retain['note']}\n{tables.table(*_retain(retain))}",
+            _wrapped(verdicts.retain_sentence(retain)),
+            f"stages, {report['seconds']:.0f} s in all\n{tables.table(*stages)}",
             _wrapped(_MEASURED),
         ]
     )
@@ -56,14 +38,20 @@ def _wrapped(text: str) -> str:
 
 def draw(report: Mapping[str, Any], path: pathlib.Path) -> None:
     """report.png: both acts and the time of the stages."""
-    files.write_whole(path, pages.png(quickstart_pictures.figure(report)))
+    files.write_whole(path, pages.png(pictures.figure(report)))
 
 
 def write_page(report: Mapping[str, Any], path: pathlib.Path) -> None:
     """report.html: the sentences, the tables, the picture, and how it was measured."""
     soup, retain = report["soup"], report["retain"]
     sections = [
-        ("", [pages.paragraph(soup_sentence(soup)), pages.paragraph(retain_sentence(retain))]),
+        (
+            "",
+            [
+                pages.paragraph(verdicts.soup_sentence(soup)),
+                pages.paragraph(verdicts.retain_sentence(retain)),
+            ],
+        ),
         ("In one picture", [_picture(report)]),
         (f"Soup: {soup['task']}", _soup_parts(soup)),
         (f"RETAIN: {retain['task']}", _retain_parts(retain)),
@@ -77,8 +65,8 @@ def write_page(report: Mapping[str, Any], path: pathlib.Path) -> None:
 def _soup(soup: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     """Rows and header; the kind stands where a group begins."""
     rows, last = [], None
-    scores = evaluation_reports.scores_tell(soup["rows"])
-    best = quickstart_verdicts.chosen(soup)
+    scores = rates.scores_tell(soup["rows"])
+    best = verdicts.chosen(soup)
     for row in soup["rows"]:
         loss = row["loss"] or {}
         rows.append(
@@ -88,7 +76,7 @@ def _soup(soup: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
                 " ".join(f"{c:.3f}" for c in row["coefficients"] or ()),
                 _number(loss.get("selection"), ".4f"),
                 _number(loss.get("held_out"), ".4f"),
-                evaluation_reports.cell(row),
+                rates.cell(row),
                 str(row["episodes"]),
                 _number(row["mean_score"] if scores else None, ".3f"),
             ]
@@ -102,7 +90,7 @@ def _soup_table(soup: Mapping[str, Any]) -> str:
     """For the terminal: kind and name share the column that is aligned to the left."""
     rows, header = _soup(soup)
     rows = [[f"{kind:<8} {name}", *rest] for kind, name, *rest in rows]
-    return reports.table(rows, ["", "coefficients", *header[3:]])
+    return tables.table(rows, ["", "coefficients", *header[3:]])
 
 
 def _number(value: float | None, form: str) -> str:
@@ -110,7 +98,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _chosen(soup: Mapping[str, Any]) -> str:
-    return f"* chosen by selection loss: {quickstart_verdicts.chosen(soup)['name']}"
+    return f"* chosen by selection loss: {verdicts.chosen(soup)['name']}"
 
 
 def _geometry(soup: Mapping[str, Any]) -> str:
@@ -120,7 +108,7 @@ def _geometry(soup: Mapping[str, Any]) -> str:
 def _retain(retain: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     suites = retain["suites"]
     every = [row["results"][suite] for row in retain["rows"] for suite in suites]
-    scores = evaluation_reports.scores_tell(every)
+    scores = rates.scores_tell(every)
     rows = []
     for row in retain["rows"]:
         results = [row["results"][suite] for suite in suites]
@@ -128,7 +116,7 @@ def _retain(retain: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
             [
                 row["name"],
                 _number(row["merge_ratio"], "g"),
-                *map(evaluation_reports.cell, results),
+                *map(rates.cell, results),
                 *(_number(r["mean_score"] if scores else None, ".3f") for r in results),
             ]
         )
@@ -155,7 +143,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[
 
 def _picture(report: Mapping[str, Any]) -> str:
     return pages.picture(
-        pages.png(quickstart_pictures.figure(report)),
+        pages.png(pictures.figure(report)),
         "Success and losses of base, inputs, mixes and controls; success along the merge ratio; "
         "seconds of the stages. The tables below have the same numbers.",
     )
@@ -163,7 +151,7 @@ def _picture(report: Mapping[str, Any]) -> str:
 
 def _soup_parts(soup: Mapping[str, Any]) -> list[str]:
     rows, header = _soup(soup)
-    best = quickstart_verdicts.chosen(soup)
+    best = verdicts.chosen(soup)
     styles = [
         "mark" if row is best else "first" if told[0] else ""
         for row, told in zip(soup["rows"], rows, strict=True)

@@ -10,7 +10,7 @@ import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
 
-from policymix import evaluation_reports, quickstart_verdicts
+from policymix.reports import rates, verdicts
 
 KINDS = {"base": "#9aa5b1", "input": "#7a9cc6", "mix": "#d1495b", "control": "#edae49"}
 _SUITES = (("#2f4b7c", "o"), ("#d1495b", "s"), ("#2a8f72", "^"))
@@ -80,12 +80,12 @@ def _draw_soup(axis, soup: Mapping[str, Any]) -> None:
             capsize=3, linewidth=1.3,
         )  # fmt: skip
     for place, row, value, end in zip(places, rows, values, high, strict=True):
-        told = evaluation_reports.short(value) if scores else evaluation_reports.cell(row)
+        told = rates.short(value) if scores else rates.cell(row)
         axis.text(end + 1.5, place, told, va="center", fontsize=9)
     axis.set_xlim(0, 120)
     axis.set_xticks(range(0, 101, 20))
-    star = quickstart_verdicts.chosen(soup)
-    names = [evaluation_reports.shown(r["name"]) + (" *" if r is star else "") for r in rows]
+    star = verdicts.chosen(soup)
+    names = [rates.shown(r["name"]) + (" *" if r is star else "") for r in rows]
     axis.set_yticks(places, names)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     _plain(axis, "x")
@@ -195,7 +195,7 @@ def _height(counts: Mapping[str, Any], scores: bool) -> tuple[float, float, floa
     """Percent with both ends of its interval; scores have none."""
     if scores:
         return (100 * counts["mean_score"],) * 3
-    value = evaluation_reports.percent(counts)
+    value = rates.percent(counts)
     low, high = (100 * end for end in counts["interval"])
     return value, min(low, value), max(high, value)  # rounding may put an end past the value
 

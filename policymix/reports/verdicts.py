@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from policymix import evaluation_reports, intervals
+from policymix import intervals
+from policymix.reports import rates
 
 _RATIO = 0.5  # RETAIN's default, fixed before anything is measured
 
@@ -29,8 +30,8 @@ def soup_sentence(soup: Mapping[str, Any]) -> str:
         return " ".join(told)
     told.append(
         f"It succeeds in {mix['successes']} of {mix['episodes']} episodes, "
-        f"{evaluation_reports.rate(mix)}; the best single checkpoint, “{single['name']}”, in "
-        f"{single['successes']}, {evaluation_reports.rate(single)}. That one was picked by its "
+        f"{rates.rate(mix)}; the best single checkpoint, “{single['name']}”, in "
+        f"{single['successes']}, {rates.rate(single)}. That one was picked by its "
         "successes in these very episodes, which makes it the hardest to beat."
     )
     told.append(_against_single(mix, single))
@@ -40,16 +41,16 @@ def soup_sentence(soup: Mapping[str, Any]) -> str:
 
 
 def _against_single(mix: Mapping, single: Mapping) -> str:
-    gap = evaluation_reports.percent(mix) - evaluation_reports.percent(single)
+    gap = rates.percent(mix) - rates.percent(single)
     p = intervals.mcnemar(mix["outcomes"], single["outcomes"])
-    test = f"McNemar's exact test on the same starts gives {evaluation_reports.p_text(p)}"
-    apart = evaluation_reports.overlap(mix, single)
+    test = f"McNemar's exact test on the same starts gives {rates.p_text(p)}"
+    apart = rates.overlap(mix, single)
     if not gap:
         return "So the mix does exactly as well: nothing is gained and nothing lost."
     if gap < 0:
-        size = evaluation_reports.points(gap)
+        size = rates.points(gap)
         return f"So the mix is {size} worse, and mixing did not help here: {apart}, and {test}."
-    told = f"So the mix is {evaluation_reports.points(gap)} better: {apart}"
+    told = f"So the mix is {rates.points(gap)} better: {apart}"
     if "separate" in apart:
         return f"{told}, and {test}."
     if p < 0.05:
@@ -58,11 +59,11 @@ def _against_single(mix: Mapping, single: Mapping) -> str:
 
 
 def _against_control(mix: Mapping, control: Mapping) -> str:
-    gap = evaluation_reports.percent(control) - evaluation_reports.percent(mix)
-    name, rate = f"“{control['name']}”", evaluation_reports.rate(control)
-    p = evaluation_reports.p_text(intervals.mcnemar(control["outcomes"], mix["outcomes"]))
-    told = f"{evaluation_reports.overlap(control, mix)}, {p}"
-    size = evaluation_reports.points(gap)
+    gap = rates.percent(control) - rates.percent(mix)
+    name, rate = f"“{control['name']}”", rates.rate(control)
+    p = rates.p_text(intervals.mcnemar(control["outcomes"], mix["outcomes"]))
+    told = f"{rates.overlap(control, mix)}, {p}"
+    size = rates.points(gap)
     if gap > 0:
         return f"A control without mixing does better: {name}, {rate}, {size} more ({told})."
     if gap == 0:
@@ -104,13 +105,11 @@ def retain_sentence(retain: Mapping[str, Any]) -> str:
     if not any(row["results"][suite]["successes"] for row in rows for suite in suites):
         return _retain_by_score(base, tuned, merged, suites)
     moved = [
-        f"from {evaluation_reports.short(evaluation_reports.percent(base['results'][suite]))} to "
-        f"{evaluation_reports.rate(tuned['results'][suite])} {_where(suite)}"
+        f"from {rates.short(rates.percent(base['results'][suite]))} to "
+        f"{rates.rate(tuned['results'][suite])} {_where(suite)}"
         for suite in suites
     ]
-    reached = [
-        f"{evaluation_reports.rate(merged['results'][suite])} {_where(suite)}" for suite in suites
-    ]
+    reached = [f"{rates.rate(merged['results'][suite])} {_where(suite)}" for suite in suites]
     told = [
         f"Fine-tuning takes success {_listed(moved)}.",
         f"Merged with the base at ratio {ratio}, {fixed}, it has {_listed(reached)}.",
@@ -125,23 +124,21 @@ def retain_sentence(retain: Mapping[str, Any]) -> str:
 
 def _recovery(base: Mapping, tuned: Mapping, merged: Mapping, suite: str) -> str:
     """How much of what was forgotten a merge brings back, in points."""
-    before, after, now = (
-        evaluation_reports.percent(row["results"][suite]) for row in (base, tuned, merged)
-    )
+    before, after, now = (rates.percent(row["results"][suite]) for row in (base, tuned, merged))
     forgotten, recovered = before - after, now - after
     where = _where(suite)
     if forgotten <= 0:
         return f"Fine-tuning forgot nothing {where}, so there is nothing to recover."
-    size = evaluation_reports.points(forgotten)
+    size = rates.points(forgotten)
     doubt = ""
-    if "overlap" in evaluation_reports.overlap(base["results"][suite], tuned["results"][suite]):
+    if "overlap" in rates.overlap(base["results"][suite], tuned["results"][suite]):
         doubt = " Base and fine-tune overlap there, so the loss itself may be chance."
     if recovered <= 0:
         return f"Of the {size} that fine-tuning forgot {where} the merge recovers none.{doubt}"
     if recovered >= forgotten:
         return f"The merge recovers all of the {size} that fine-tuning forgot {where}.{doubt}"
     return (
-        f"The merge recovers {evaluation_reports.short(recovered)} of the {size} that fine-tuning "
+        f"The merge recovers {rates.short(recovered)} of the {size} that fine-tuning "
         f"forgot {where} ({100 * recovered / forgotten:.0f} %).{doubt}"
     )
 
@@ -149,8 +146,7 @@ def _recovery(base: Mapping, tuned: Mapping, merged: Mapping, suite: str) -> str
 def _retain_controls(controls: Sequence[Mapping], merged: Mapping, suites: Sequence[str]) -> str:
     def gaps(row):
         return [
-            evaluation_reports.percent(row["results"][suite])
-            - evaluation_reports.percent(merged["results"][suite])
+            rates.percent(row["results"][suite]) - rates.percent(merged["results"][suite])
             for suite in suites
         ]
 
@@ -161,7 +157,7 @@ def _retain_controls(controls: Sequence[Mapping], merged: Mapping, suites: Seque
         return f"A plain control does at least as well on all three: {name} is {told}."
     text = f"No plain control does as well on all three; {name} comes closest: it is {told}."
     short = [suite for suite, gap in zip(suites, gaps(control), strict=True) if gap < 0]
-    if all("overlap" in evaluation_reports.overlap(control["results"][s], merged["results"][s])
+    if all("overlap" in rates.overlap(control["results"][s], merged["results"][s])
            for s in short):  # fmt: skip
         text += " Where it falls short, these episodes cannot tell the two apart."
     return text
@@ -172,10 +168,10 @@ def _against(ours: Mapping, theirs: Mapping, suites: Sequence[str]) -> str:
     told = []
     for suite in suites:
         a, b = ours["results"][suite], theirs["results"][suite]
-        gap = evaluation_reports.percent(a) - evaluation_reports.percent(b)
+        gap = rates.percent(a) - rates.percent(b)
         if gap:
-            word = f"{evaluation_reports.points(gap)} {'higher' if gap > 0 else 'lower'}"
-            told.append(f"{word} {_where(suite)} ({evaluation_reports.overlap(a, b)})")
+            word = f"{rates.points(gap)} {'higher' if gap > 0 else 'lower'}"
+            told.append(f"{word} {_where(suite)} ({rates.overlap(a, b)})")
         else:
             told.append(f"level {_where(suite)}")
     return _listed(told)

@@ -4,7 +4,8 @@ import html.parser
 
 import pytest
 
-from policymix import evaluation_reports, intervals
+from policymix import intervals
+from policymix.reports import evaluations, rates
 
 
 def counts(outcomes, scores):
@@ -56,7 +57,7 @@ def report(*policies, tasks=("push-v3",), simulator="metaworld"):
 
 
 def test_a_line_says_how_a_policy_did():
-    assert evaluation_reports.line(policy("mix", 88)) == (
+    assert evaluations.line(policy("mix", 88)) == (
         "mix: 88 of 100 episodes succeeded, 88 % [80, 93], 2.3 s"
     )
 
@@ -65,18 +66,18 @@ def test_a_line_says_how_a_policy_did():
     ("value", "text"), [(0.0, "0"), (9.17, "9.2"), (66.667, "66.7"), (99.5, "99.5"), (100, "100")]
 )
 def test_a_percentage_has_the_decimals_it_needs(value, text):
-    assert evaluation_reports.short(value) == text
+    assert rates.short(value) == text
 
 
 def test_p_values_are_short():
-    assert evaluation_reports.p_text(0.00031) == "p < 0.001"
-    assert evaluation_reports.p_text(0.01234) == "p = 0.012"
-    assert evaluation_reports.p_text(1.0) == "p = 1"
+    assert rates.p_text(0.00031) == "p < 0.001"
+    assert rates.p_text(0.01234) == "p = 0.012"
+    assert rates.p_text(1.0) == "p = 1"
 
 
 def test_a_table_of_one_task():
     loss = {"selection": 0.325, "held_out": None}
-    text = evaluation_reports.table(report(policy("a", 80), policy("b", 60, loss=loss)))
+    text = evaluations.table(report(policy("a", 80), policy("b", 60, loss=loss)))
     assert text.splitlines()[:4] == [
         "   selection loss  success %  95 % interval    n",
         "-  --------------  ---------  -------------  ---",
@@ -88,7 +89,7 @@ def test_a_table_of_one_task():
 
 def test_scores_are_told_where_they_say_more_than_successes():
     scores = [0.5] * 100
-    text = evaluation_reports.table(report(policy("a", 0, scores=scores), policy("b", 10)))
+    text = evaluations.table(report(policy("a", 0, scores=scores), policy("b", 10)))
     assert "mean best score" in text
     assert "0.500" in text
 
@@ -96,7 +97,7 @@ def test_scores_are_told_where_they_say_more_than_successes():
 def test_several_tasks_have_a_table_of_their_own():
     tasks = ("push-v3", "reach-v3")
     told = report(policy("a", 80, tasks=tasks), policy("b", 60, tasks=tasks), tasks=tasks)
-    lines = evaluation_reports.table(told).splitlines()
+    lines = evaluations.table(told).splitlines()
     start = lines.index("")
     assert lines[start + 1 : start + 6] == [
         "success % of each task, 50 episodes each; the 95 % intervals are up to 26 points wide",
@@ -108,7 +109,7 @@ def test_several_tasks_have_a_table_of_their_own():
 
 
 def test_the_verdict_where_intervals_are_separate():
-    assert evaluation_reports.verdict(report(policy("a", 60), policy("b", 90))) == (
+    assert evaluations.verdict(report(policy("a", 60), policy("b", 90))) == (
         "“b” has the most successes: 90 of 100, 90 % [83, 94]. The runner-up, “a”, has 60, "
         "60 % [50, 69]: the intervals are separate. The exact McNemar test of the two, on the same "
         "starts, gives p < 0.001."
@@ -116,7 +117,7 @@ def test_the_verdict_where_intervals_are_separate():
 
 
 def test_the_verdict_where_intervals_overlap():
-    told = evaluation_reports.verdict(report(policy("a", 90), policy("b", 87), policy("c", 20)))
+    told = evaluations.verdict(report(policy("a", 90), policy("b", 87), policy("c", 20)))
     assert told == (
         "“a” has the most successes: 90 of 100, 90 % [83, 94]. The runner-up, “b”, has 87, "
         "87 % [79, 92]: the intervals overlap. The exact McNemar test of the two, on the same "
@@ -126,7 +127,7 @@ def test_the_verdict_where_intervals_overlap():
 
 
 def test_the_verdict_where_the_best_are_level():
-    told = evaluation_reports.verdict(report(policy("a", 90), policy("b", 90), policy("c", 20)))
+    told = evaluations.verdict(report(policy("a", 90), policy("b", 90), policy("c", 20)))
     assert told == (
         "“a” and “b” have the most successes: 90 of 100 each, 90 % [83, 94], so this evaluation "
         "prefers none of them (McNemar p = 1 between the first two)."
@@ -136,17 +137,17 @@ def test_the_verdict_where_the_best_are_level():
 def test_the_verdict_where_nothing_succeeds():
     low, high = [0.2] * 10, [0.3] * 9 + [0.1]
     policies = [policy("a", 0, n=10, scores=low), policy("b", 0, n=10, scores=high)]
-    assert evaluation_reports.verdict(report(*policies)) == (
+    assert evaluations.verdict(report(*policies)) == (
         "No policy succeeded in any of 10 episodes, so success does not tell them apart. “b” has "
         "the highest mean score, 0.280, before “a” with 0.200; the sign test of the two, on the "
         "same starts, gives p = 0.021."
     )
-    told = evaluation_reports.verdict(report(policy("a", 0), policy("b", 0)))
+    told = evaluations.verdict(report(policy("a", 0), policy("b", 0)))
     assert told.endswith("neither do the scores, which are all zero.")
 
 
 def test_the_verdict_on_one_policy():
-    told = evaluation_reports.verdict(report(policy("a", 90)))
+    told = evaluations.verdict(report(policy("a", 90)))
     assert told == "There is one policy, so there is nothing to compare it with."
 
 
@@ -154,7 +155,7 @@ def test_the_verdict_on_one_policy():
 @pytest.mark.parametrize("tasks", [("push-v3",), ("push-v3", "reach-v3")])
 def test_a_picture_is_written_whole(tmp_path, num_policies, tasks):
     policies = [policy(f"a${k}_$", 5 * k, tasks=tasks) for k in range(num_policies)]
-    evaluation_reports.draw(report(*policies, tasks=tasks), tmp_path / "report.png")
+    evaluations.draw(report(*policies, tasks=tasks), tmp_path / "report.png")
     content = (tmp_path / "report.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert content.endswith(b"IEND\xaeB`\x82")
@@ -165,7 +166,7 @@ def test_the_page_has_all_of_it(tmp_path):
     tasks = ("push-v3", "reach-v3")
     told = report(policy("<a>", 80, tasks=tasks), policy("b", 60, tasks=tasks), tasks=tasks)
     told["validation"] = {"path": "/data/<val>.npz", "batches": {}, "meta": {}}
-    evaluation_reports.write_page(told, tmp_path / "report.html")
+    evaluations.write_page(told, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     html.parser.HTMLParser().feed(text)
     assert "<a>" not in text

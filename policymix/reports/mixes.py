@@ -1,6 +1,5 @@
-"""What people look at: tables for the terminal, pictures for the rest."""
+"""What people look at after a mix: coefficients, losses, the search, distances."""
 
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,42 +8,18 @@ import matplotlib.figure
 import numpy as np
 
 from policymix import files
+from policymix.reports import pages, tables
 
 _SELECTION, _HELD_OUT, _MIX = "#7a9cc6", "#2f4b7c", "#d1495b"
-
-
-def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Columns, the first aligned to the left, the others to the right; empty ones are left out."""
-    kept = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
-    header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row):
-        return "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
-
-
-def labels(names: Sequence[str]) -> list[str]:
-    """Paths without what they have in common at either end, so that columns stay narrow."""
-    split = [name.rstrip("/").split("/") for name in names]
-    while len(split) > 1 and all(len(s) > 1 and s[0] == split[0][0] for s in split):
-        split = [s[1:] for s in split]
-    while len(split) > 1 and all(len(s) > 1 and s[-1] == split[0][-1] for s in split):
-        split = [s[:-1] for s in split]
-    return ["/".join(s[-3:]) for s in split]
 
 
 def _number(value: float | None, form: str = ".5f") -> str:
     return "" if value is None else format(value, form)
 
 
-def mix_table(report: Mapping[str, Any]) -> str:
+def table(report: Mapping[str, Any]) -> str:
     """The inputs with their coefficients and losses, and the mix, and what the distances mean."""
-    names = labels([entry["path"] for entry in report["inputs"]])
+    names = tables.labels([entry["path"] for entry in report["inputs"]])
     losses = [entry["loss"] or {} for entry in report["inputs"]]
     coefficients = report.get("coefficients", [None] * len(names))
     rows = [
@@ -59,7 +34,7 @@ def mix_table(report: Mapping[str, Any]) -> str:
         name = "mix" if ratio is None else f"merge_ratio {ratio:g}"
         loss = mix["loss"] or {}
         rows.append([name, "", _number(loss.get("selection")), _number(loss.get("held_out"))])
-    text = table(rows, ["", "coefficient", "selection loss", "held-out loss"])
+    text = tables.table(rows, ["", "coefficient", "selection loss", "held-out loss"])
     return "\n".join(
         [text, *filter(None, [_verdict(losses, mixes), report.get("geometry", {}).get("meaning")])]
     )
@@ -89,15 +64,9 @@ def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
     )
 
 
-def _save(figure, path: pathlib.Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    files.write_whole(path, buffer.getvalue())
-
-
-def draw_mix(report: Mapping[str, Any], path: pathlib.Path) -> None:
+def draw(report: Mapping[str, Any], path: pathlib.Path) -> None:
     """mix.png: coefficients, losses, the search's history, and the distances between inputs."""
-    names = labels([entry["path"] for entry in report["inputs"]])
+    names = tables.labels([entry["path"] for entry in report["inputs"]])
     panels = [_draw_coefficients]
     if report["loss"]:
         panels.append(_draw_losses)
@@ -117,7 +86,7 @@ def draw_mix(report: Mapping[str, Any], path: pathlib.Path) -> None:
     figure.suptitle(
         f"{report['method']}: {len(names)} checkpoints, {report['num_params']:,} parameters"
     )
-    _save(figure, path)
+    files.write_whole(path, pages.png(figure))
 
 
 def _draw_coefficients(axis, report, names) -> None:
@@ -210,25 +179,4 @@ def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
         axis.set_yticks([])
         axis.set_title("no validation data was given; these ratios were written")
     axis.set_xlabel("merge ratio (0: fine-tuned, 1: base)")
-    _save(figure, path)
-
-
-def methods_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Inputs and mixes of several methods on the same validation batches, one line each."""
-    first = next(iter(reports.values()))
-    paths = [entry["path"] for entry in first["inputs"]]
-    losses = [entry["loss"] for entry in first["inputs"]]
-    rows = [
-        [name, "", *map(_number, loss.values())]
-        for name, loss in zip(labels(paths), losses, strict=True)
-    ]
-    for method, report in reports.items():
-        # A base stands first among its inputs, so coefficients are found by path.
-        inputs = [entry["path"] for entry in report["inputs"]]
-        of = dict(zip(inputs, report["coefficients"], strict=True))
-        shown = " ".join(_number(of[path], ".3f") for path in paths)
-        rows.append([method, shown, *map(_number, report["loss"].values())])
-    header = ["", f"coefficients ({', '.join(labels(paths))})", "selection loss", "held-out loss"]
-    best = min(reports, key=lambda method: reports[method]["loss"]["selection"])
-    verdict = _verdict(losses, [reports[best]]) or "no batches were held out to judge it on"
-    return f"{table(rows, header)}\nlowest on the selection batches: {best}; {verdict}"
+    files.write_whole(path, pages.png(figure))

@@ -4,7 +4,8 @@ import html.parser
 
 import pytest
 
-from policymix import intervals, quickstart_reports
+from policymix import intervals
+from policymix.reports import quickstart, verdicts
 
 SUITES = ["in distribution", "out of distribution", "pretraining tasks"]
 
@@ -70,7 +71,7 @@ HEAD = (
 
 
 def test_a_mix_that_is_better_beyond_doubt():
-    assert quickstart_reports.soup_sentence(soup_of(95)) == HEAD + (
+    assert verdicts.soup_sentence(soup_of(95)) == HEAD + (
         "It succeeds in 95 of 100 episodes, 95 % [89, 98]; the best single checkpoint, “split 0”, "
         "in 80, 80 % [71, 87]. That one was picked by its successes in these very episodes, which "
         "makes it the hardest to beat. So the mix is 15 points better: the intervals are separate, "
@@ -113,7 +114,7 @@ def test_a_mix_that_is_better_beyond_doubt():
     ],
 )
 def test_a_mix_against_the_best_single_checkpoint(mix, ending):
-    assert quickstart_reports.soup_sentence(soup_of(mix)).endswith(ending)
+    assert verdicts.soup_sentence(soup_of(mix)).endswith(ending)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +138,11 @@ def test_a_mix_against_the_best_single_checkpoint(mix, ending):
     ],
 )
 def test_a_mix_against_the_best_control(control, ending):
-    assert quickstart_reports.soup_sentence(soup_of(90, control)).endswith(ending)
+    assert verdicts.soup_sentence(soup_of(90, control)).endswith(ending)
 
 
 def test_a_soup_in_which_nothing_succeeds_is_told_by_its_scores():
-    told = quickstart_reports.soup_sentence(
+    told = verdicts.soup_sentence(
         soup(
             row("split 0", "input", 0, 0.2, score=0.2),
             row("split 1", "input", 0, 0.2, score=0.3),
@@ -186,7 +187,7 @@ def retain_of(base=(10, 5, 97), tuned=(100, 57, 22), merged=(97, 58, 90), contro
 
 
 def test_a_merge_that_recovers_most_of_what_was_forgotten():
-    assert quickstart_reports.retain_sentence(retain_of()) == (
+    assert verdicts.retain_sentence(retain_of()) == (
         "Fine-tuning takes success from 10 to 100 % [96, 100] in distribution, from 5 to 57 % "
         "[47, 66] out of distribution and from 97 to 22 % [15, 31] on the pretraining tasks. "
         "Merged with the base at ratio 0.5, the default, fixed beforehand and not picked on these "
@@ -208,9 +209,7 @@ def test_a_merge_that_recovers_most_of_what_was_forgotten():
     ],
 )
 def test_what_a_merge_recovers(tuned, merged, part):
-    told = quickstart_reports.retain_sentence(
-        retain_of(tuned=(100, 57, tuned), merged=(97, 58, merged))
-    )
+    told = verdicts.retain_sentence(retain_of(tuned=(100, 57, tuned), merged=(97, 58, merged)))
     assert part in told
 
 
@@ -246,15 +245,13 @@ def test_what_a_merge_recovers(tuned, merged, part):
     ],
 )
 def test_a_merge_against_plain_controls(controls, ending):
-    told = quickstart_reports.retain_sentence(retain_of(controls=controls))
+    told = verdicts.retain_sentence(retain_of(controls=controls))
     assert told.endswith(ending)
 
 
 def test_a_retain_in_which_nothing_succeeds_is_told_by_its_scores():
     nothing = (0, 0, 0)
-    told = quickstart_reports.retain_sentence(
-        retain_of(nothing, nothing, nothing, [nothing], score=0.25)
-    )
+    told = verdicts.retain_sentence(retain_of(nothing, nothing, nothing, [nothing], score=0.25))
     assert told.startswith("No policy succeeded in any episode, so success says nothing")
     assert "0.250 / 0.250 / 0.250 on the pretraining tasks" in told
 
@@ -276,7 +273,7 @@ def report(soup, retain):
 
 
 def test_the_tables():
-    text = quickstart_reports.tables(report(soup_of(90, 92), retain_of(controls=[(1, 2, 3)])))
+    text = quickstart.summary(report(soup_of(90, 92), retain_of(controls=[(1, 2, 3)])))
     lines = text.splitlines()
     assert "* chosen by selection loss: average" in lines
     chosen = next(line for line in lines if "average *" in line)
@@ -298,8 +295,8 @@ def test_picture_and_page_are_written_whole(tmp_path, controls):
     soup["rows"][0]["loss"] = {"selection": 3.0, "held_out": None}
     soup["rows"][0]["name"] = "<base> $x_$"
     told = report(soup, retain_of(controls=controls))
-    quickstart_reports.draw(told, tmp_path / "report.png")
-    quickstart_reports.write_page(told, tmp_path / "report.html")
+    quickstart.draw(told, tmp_path / "report.png")
+    quickstart.write_page(told, tmp_path / "report.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.png"]
     content = (tmp_path / "report.png").read_bytes()
     assert content.startswith(b"\x89PNG")
@@ -317,7 +314,7 @@ def test_picture_and_page_are_written_whole(tmp_path, controls):
 def test_the_page_names_the_base_where_its_distances_were_measured(tmp_path):
     soup = soup_of(90)
     soup["geometry"]["relative_distance"] = [[0.0] * 4 for _ in range(4)]
-    quickstart_reports.write_page(report(soup, retain_of()), tmp_path / "report.html")
+    quickstart.write_page(report(soup, retain_of()), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert '<th scope="col" class="number">base</th>' in text
 
@@ -326,5 +323,5 @@ def test_everything_zero_is_drawn_by_scores(tmp_path):
     nothing = (0, 0, 0)
     zero = soup(row("split 0", "input", 0, score=0.3), row("average", "mix", 0, score=0.4))
     told = report(zero, retain_of(nothing, nothing, nothing, score=0.2))
-    quickstart_reports.draw(told, tmp_path / "report.png")
-    assert "mean best score" in quickstart_reports.tables(told)
+    quickstart.draw(told, tmp_path / "report.png")
+    assert "mean best score" in quickstart.summary(told)

@@ -8,7 +8,7 @@ import matplotlib.figure
 import pytest
 from hypothesis import strategies as st
 
-from policymix import pages
+from policymix.reports import pages
 
 VOID = {"meta", "img", "br"}
 

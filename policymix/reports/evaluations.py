@@ -8,72 +8,25 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from policymix import files, intervals, pages, reports
+from policymix import files, intervals
+from policymix.reports import pages, rates, tables
 
 _DOT, _BEST = "#2f4b7c", "#fdf1dc"
-_LONGEST = 34  # characters of a name beside a picture
-
-
-# Words that other reports of roll-outs need too. `counts` is any dict with episodes, successes and
-# interval.
-
-
-def percent(counts: Mapping[str, Any]) -> float:
-    """Success in percent."""
-    return 100 * counts["successes"] / counts["episodes"]
-
-
-def short(value: float) -> str:
-    """A percentage with the one decimal it may need."""
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def cell(counts: Mapping[str, Any]) -> str:
-    """Success and its 95 % interval as a table has it: 88 [80, 93]."""
-    low, high = counts["interval"]
-    return f"{short(percent(counts))} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def rate(counts: Mapping[str, Any]) -> str:
-    """The same in a sentence: 88 % [80, 93]."""
-    return cell(counts).replace(" ", " % ", 1)
-
-
-def points(gap: float) -> str:
-    """A difference of two percentages, without its sign."""
-    text = short(abs(gap))
-    return f"{text} point" if text == "1" else f"{text} points"
-
-
-def overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    """Whether the two intervals have a point in common, in words."""
-    apart = intervals.separate(tuple(a["interval"]), tuple(b["interval"]))
-    return "the intervals are separate" if apart else "the intervals overlap"
-
-
-def p_text(p: float) -> str:
-    """p = 0.012, or p < 0.001."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-
-
-def scores_tell(counts: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the mean scores say something that the success rates do not."""
-    return any(abs(c["mean_score"] - c["successes"] / c["episodes"]) > 1e-6 for c in counts)
 
 
 def line(policy: Mapping[str, Any]) -> str:
     """One line for the terminal, as soon as a policy has finished."""
     return (
         f"{policy['name']}: {policy['successes']} of {policy['episodes']} episodes succeeded, "
-        f"{rate(policy)}, {policy['seconds']:.1f} s"
+        f"{rates.rate(policy)}, {policy['seconds']:.1f} s"
     )
 
 
 def table(report: Mapping[str, Any]) -> str:
     """Every policy with its losses and successes; with several tasks, each task; the verdict."""
-    parts = [reports.table(*_overall(report))]
+    parts = [tables.table(*_overall(report))]
     if len(report["tasks"]) > 1:
-        parts += ["", _by_task_title(report), reports.table(*_by_task(report))]
+        parts += ["", _by_task_title(report), tables.table(*_by_task(report))]
     return "\n".join([*parts, "", textwrap.fill(verdict(report), 100, break_on_hyphens=False)])
 
 
@@ -86,25 +39,26 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not first["successes"]:
         return _verdict_by_score(report)
     second = ranked[1]
-    test = p_text(intervals.mcnemar(first["outcomes"], second["outcomes"]))
+    test = rates.p_text(intervals.mcnemar(first["outcomes"], second["outcomes"]))
     level = [p for p in ranked if p["successes"] == first["successes"]]
     if len(level) > 1:
         names = _listed([p["name"] for p in level])
         return (
-            f"{names} have the most successes: {first['successes']} of {n} each, {rate(first)}, so "
-            f"this evaluation prefers none of them (McNemar {test} between the first two)."
+            f"{names} have the most successes: {first['successes']} of {n} each, "
+            f"{rates.rate(first)}, so this evaluation prefers none of them (McNemar {test} between "
+            "the first two)."
         )
     told = (
-        f"“{first['name']}” has the most successes: {first['successes']} of {n}, {rate(first)}. "
-        f"The runner-up, “{second['name']}”, has {second['successes']}, {rate(second)}: "
-        f"{overlap(first, second)}. The exact McNemar test of the two, on the same starts, gives "
-        f"{test}."
+        f"“{first['name']}” has the most successes: {first['successes']} of {n}, "
+        f"{rates.rate(first)}. The runner-up, “{second['name']}”, has {second['successes']}, "
+        f"{rates.rate(second)}: {rates.overlap(first, second)}. The exact McNemar test of the two, "
+        f"on the same starts, gives {test}."
     )
     return told if len(ranked) == 2 else f"{told} {_verdict_on_the_others(first, ranked[1:])}"
 
 
 def _verdict_on_the_others(first: Mapping, others: Sequence[Mapping]) -> str:
-    apart = sum("separate" in overlap(first, other) for other in others)
+    apart = sum("separate" in rates.overlap(first, other) for other in others)
     return (
         f"Its interval is separate from {apart} of the {len(others)} others. The best of "
         f"{len(others) + 1}, picked on the same episodes that judge it, looks a little better than "
@@ -122,7 +76,7 @@ def _verdict_by_score(report: Mapping[str, Any]) -> str:
         return told + "tell them apart; neither do the scores, which are all zero."
     # On the starts where the two differ, McNemar's coin is the sign test.
     pairs = list(zip(a["scores"], b["scores"], strict=True))
-    test = p_text(intervals.mcnemar([x > y for x, y in pairs], [y > x for x, y in pairs]))
+    test = rates.p_text(intervals.mcnemar([x > y for x, y in pairs], [y > x for x, y in pairs]))
     return (
         f"{told}tell them apart. “{a['name']}” has the highest mean score, {a['mean_score']:.3f}, "
         f"before “{b['name']}” with {b['mean_score']:.3f}; the sign test of the two, on the same "
@@ -137,7 +91,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _overall(report: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     policies = report["policies"]
-    scores = scores_tell(policies)
+    scores = rates.scores_tell(policies)
     rows = []
     for policy in policies:
         loss, (low, high) = policy["loss"] or {}, policy["interval"]
@@ -146,7 +100,7 @@ def _overall(report: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
                 policy["name"],
                 _loss(loss.get("selection")),
                 _loss(loss.get("held_out")),
-                short(percent(policy)),
+                rates.short(rates.percent(policy)),
                 f"[{100 * low:.0f}, {100 * high:.0f}]",
                 str(policy["episodes"]),
                 f"{policy['mean_score']:.3f}" if scores else "",
@@ -163,7 +117,7 @@ def _loss(value: float | None) -> str:
 def _by_task(report: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     policies = report["policies"]
     rows = [
-        [task, *(short(percent(policy["by_task"][task])) for policy in policies)]
+        [task, *(rates.short(rates.percent(policy["by_task"][task])) for policy in policies)]
         for task in report["tasks"]
     ]
     return rows, ["", *(policy["name"] for policy in policies)]
@@ -174,19 +128,13 @@ def _by_task_title(report: Mapping[str, Any]) -> str:
     widest = max(100 * (c["interval"][1] - c["interval"][0]) for c in counts)
     return (
         f"success % of each task, {counts[0]['episodes']} episodes each; the 95 % intervals are up "
-        f"to {points(round(widest))} wide"
+        f"to {rates.points(round(widest))} wide"
     )
 
 
 def draw(report: Mapping[str, Any], path: pathlib.Path) -> None:
     """report.png: successes with their intervals, beside them those of each task."""
     files.write_whole(path, pages.png(_figure(report)))
-
-
-def shown(name: str, longest: int = _LONGEST) -> str:
-    """A name as a picture can show it: its end, where it is long, and no formula."""
-    name = name if len(name) <= longest else "…" + name[1 - longest :]
-    return name.replace("$", r"\$")
 
 
 def _figure(report: Mapping[str, Any]) -> matplotlib.figure.Figure:
@@ -203,32 +151,34 @@ def _figure(report: Mapping[str, Any]) -> matplotlib.figure.Figure:
         _draw_rates(left, policies)
         _draw_tasks(right, policies, tasks)
     simulator, n = report["simulator"]["name"], policies[0]["episodes"]
-    told = shown(tasks[0], 60) if not several else f"{len(tasks)} tasks"
+    told = rates.shown(tasks[0], 60) if not several else f"{len(tasks)} tasks"
     figure.suptitle(f"{simulator}, {told}: {n} episodes of each policy, same starts", fontsize=12)
     return figure
 
 
 def _draw_rates(axis, policies: Sequence[Mapping[str, Any]]) -> None:
     places = np.arange(len(policies))
-    rates = np.array([percent(p) for p in policies])
+    percents = np.array([rates.percent(p) for p in policies])
     low, high = 100 * np.array([p["interval"] for p in policies]).T
-    best = int(np.argmax(rates))
+    best = int(np.argmax(percents))
     label = "success % with 95 % intervals (Wilson)"
-    if len(policies) > 1 and rates[best]:
+    if len(policies) > 1 and percents[best]:
         label += "; shaded: that of the highest"
         axis.axvspan(low[best], high[best], color=_BEST, zorder=0)
-    whiskers = (np.maximum(rates - low, 0), np.maximum(high - rates, 0))
+    whiskers = (np.maximum(percents - low, 0), np.maximum(high - percents, 0))
     axis.errorbar(
-        rates, places, xerr=whiskers, fmt="o", color=_DOT, capsize=4, linewidth=1.6, markersize=7
+        percents, places, xerr=whiskers, fmt="o", color=_DOT, capsize=4, linewidth=1.6, markersize=7
     )
-    scores = scores_tell(policies)
+    scores = rates.scores_tell(policies)
     for place, policy in zip(places, policies, strict=True):
-        told = f"{short(percent(policy))} %  ({policy['successes']}/{policy['episodes']})"
+        told = (
+            f"{rates.short(rates.percent(policy))} %  ({policy['successes']}/{policy['episodes']})"
+        )
         told += f"\nmean score {policy['mean_score']:.3f}" if scores else ""
         axis.text(103, place, told, va="center", fontsize=9)
     axis.set_xlim(-2, 128)
     axis.set_xticks(range(0, 101, 20))
-    axis.set_yticks(places, [shown(p["name"]) for p in policies])
+    axis.set_yticks(places, [rates.shown(p["name"]) for p in policies])
     axis.set_ylim(len(policies) - 0.4, -0.6)  # as given, from the top
     axis.grid(axis="x", color="#e3e7eb")
     axis.set_axisbelow(True)
@@ -238,7 +188,7 @@ def _draw_rates(axis, policies: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_tasks(axis, policies: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> None:
-    values = np.array([[percent(p["by_task"][task]) for task in tasks] for p in policies])
+    values = np.array([[rates.percent(p["by_task"][task]) for task in tasks] for p in policies])
     axis.imshow(values, cmap="Blues", vmin=0, vmax=115, aspect="auto")
     if len(tasks) <= 24:
         for (i, j), value in np.ndenumerate(values):
@@ -246,7 +196,7 @@ def _draw_tasks(axis, policies: Sequence[Mapping[str, Any]], tasks: Sequence[str
                 j, i, f"{value:.0f}", ha="center", va="center", fontsize=8,
                 color="white" if value > 65 else "black",
             )  # fmt: skip
-    axis.set_xticks(range(len(tasks)), [shown(t, 26) for t in tasks], rotation=60, ha="right",
+    axis.set_xticks(range(len(tasks)), [rates.shown(t, 26) for t in tasks], rotation=60, ha="right",
                     rotation_mode="anchor", fontsize=8 if len(tasks) <= 24 else 7)  # fmt: skip
     axis.tick_params(length=0, labelleft=False)
     axis.spines[:].set_visible(False)

@@ -1,0 +1,182 @@
+"""What the network takes, made from what a dataset or a robot has, and its actions made back."""
+
+import numpy as np
+import pytest
+
+from configs import common
+from policymix.data import tokenizer
+from policymix.models import pi0
+from policymix.runs import encoding
+from policymix.transforms import normalize, prompts
+
+STATE, ACTION = 3, 2
+
+
+def model(**fields) -> pi0.Pi0Config:
+    given = {
+        "paligemma_variant": "dummy",
+        "action_expert_variant": "dummy",
+        "siglip_variant": "mu/28",
+        "vocab_size": 300,
+        "action_dim": 4,
+        "proprio_dim": 5,
+        "action_horizon": 6,
+        "max_token_len": 12,
+        "image_keys": (),
+        "image_resolution": (28, 56),
+    }
+    return pi0.Pi0Config(**given | fields)
+
+
+def data(**settings):
+    section = common.get_config().data
+    section.update(settings)
+    return section
+
+
+@pytest.fixture
+def stats():
+    rng = np.random.default_rng(0)
+    return {
+        "state": normalize.compute(rng.normal(5, 3, (200, STATE))),
+        "actions": normalize.compute(rng.normal(-2, 0.5, (200, ACTION))),
+    }
+
+
+def raw(batch_size=4, horizon=6, **more):
+    rng = np.random.default_rng(1)
+    return {
+        "state": rng.normal(5, 3, (batch_size, STATE)).astype(np.float32),
+        "actions": rng.normal(-2, 0.5, (batch_size, horizon, ACTION)).astype(np.float32),
+        "prompt": [f"push {k % 2}" for k in range(batch_size)],
+    } | more
+
+
+@pytest.mark.parametrize("quantiles", [False, True])
+def test_decoding_undoes_encoding(stats, quantiles):
+    encoder, example = encoding.Encoder(model(), data(quantiles=quantiles), stats), raw()
+    actions = encoder.batch(example).actions
+    assert (actions.shape, actions.dtype) == ((4, 6, 4), np.float32)
+    assert not actions[..., ACTION:].any()
+    assert abs(actions[..., :ACTION]).max() < 5
+    np.testing.assert_allclose(encoder.actions(actions), example["actions"], rtol=1e-5)
+    assert encoder.actions(actions).dtype == np.float32
+
+
+def test_what_the_network_says_beyond_the_robots_actions_is_dropped(stats):
+    encoder = encoding.Encoder(model(), data(), stats)
+    sampled = np.random.default_rng(2).normal(size=(1, 6, 4)).astype(np.float32)
+    other = sampled.copy()
+    other[..., ACTION:] = 99
+    np.testing.assert_array_equal(encoder.actions(sampled), encoder.actions(other))
+
+
+def test_the_state_is_normalised_and_padded_to_proprio_dim(stats):
+    example = raw()
+    proprio = encoding.Encoder(model(), data(), stats).observation(example).proprio
+    assert (proprio.shape, proprio.dtype) == ((4, 5), np.float32)
+    expected = (example["state"] - stats["state"].mean) / (stats["state"].std + 1e-6)
+    np.testing.assert_allclose(proprio[:, :STATE], expected, rtol=1e-5, atol=1e-6)
+    assert not proprio[:, STATE:].any()
+
+
+def test_prompts_met_before_are_those_met_for_the_first_time(stats):
+    encoder = encoding.Encoder(model(), data(), stats)
+    texts = ["push it", "reach", "push it", "pull_it\n"]
+    expected = tokenizer.ByteTokenizer(12).encode([prompts.pi0(text) for text in texts])
+    for _ in range(2):
+        found = encoder.observation(raw(prompt=texts))
+        np.testing.assert_array_equal(found.prompt_tokens, expected[0])
+        np.testing.assert_array_equal(found.prompt_mask, expected[1])
+
+
+def test_pi05_reads_the_state_in_the_prompt(stats):
+    encoder = encoding.Encoder(model(pi05=True, max_token_len=80), data(), stats)
+    example = raw(prompt=["push"] * 4)
+    found = encoder.observation(example)
+    normalised = normalize.normalize(example["state"], stats["state"], use_quantiles=False)
+    texts = [prompts.pi05("push", row) for row in normalised]
+    assert len(set(texts)) == 4
+    expected, _ = tokenizer.ByteTokenizer(80).encode(texts)
+    np.testing.assert_array_equal(found.prompt_tokens, expected)
+
+
+def test_a_model_without_prompts_gets_none(stats):
+    found = encoding.Encoder(model(max_token_len=0), data(), stats).observation(raw())
+    assert found.prompt_tokens is None
+    assert found.prompt_mask is None
+
+
+def test_words_are_tokens_of_the_models_vocabulary(stats):
+    encoder = encoding.Encoder(model(vocab_size=50), data(tokenizer="words"), stats)
+    found = encoder.observation(raw(prompt=["push", "push", "window open", "open"]))
+    assert found.prompt_mask.sum(axis=1).tolist() == [1, 1, 2, 1]
+    assert found.prompt_tokens.max() < 50
+    assert found.prompt_tokens[2, 1] == found.prompt_tokens[3, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "message"),
+    [
+        ({"vocab_size": 258}, "bytes", "vocab_size is 258; byte prompts need 259"),
+        ({}, "word", "config.data.tokenizer is 'word'; expected bytes or words"),
+        ({"vocab_size": 3}, "words", "vocab_size is 3; words need more than 3"),
+    ],
+)
+def test_a_tokenizer_that_does_not_serve_is_refused(stats, fields, name, message):
+    with pytest.raises(ValueError, match=message):
+        encoding.Encoder(model(**fields), data(tokenizer=name), stats)
+
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
+NAMED = {"base_0_rgb": "top", "left_wrist_0_rgb": "wrist"}
+
+
+def pictures(**shapes):
+    rng = np.random.default_rng(3)
+    return {
+        camera: rng.integers(0, 256, (4, *shapes.get(camera, (28, 56)), 3), np.uint8)
+        for camera in CAMERAS
+    }
+
+
+def test_cameras_show_the_pictures_that_are_named_theirs(stats):
+    encoder = encoding.Encoder(model(image_keys=CAMERAS), data(cameras=NAMED), stats)
+    assert encoder.cameras == NAMED
+    images = pictures()
+    found = encoder.observation(raw(images=images))
+    assert list(found.images) == list(CAMERAS)
+    for camera in CAMERAS:
+        np.testing.assert_array_equal(found.images[camera], images[camera])
+        assert found.image_masks[camera].all()
+
+
+def test_masked_cameras_are_absent_and_need_no_pictures(stats):
+    config = model(image_keys=CAMERAS)
+    encoder = encoding.Encoder(config, data(cameras=NAMED, mask_cameras=True), stats)
+    assert encoder.cameras == {}
+    found = encoder.observation(raw())
+    for camera in CAMERAS:
+        assert not found.image_masks[camera].any()
+        assert found.images[camera].shape == (4, 28, 56, 3)
+    pi0.check_observation(config, found)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({}, r"names the cameras \['base_0_rgb', 'left_wrist_0_rgb'\], and .*mask_cameras=True"),
+        ({"left_wrist_0_rgb": "wrist"}, r"names the cameras \['base_0_rgb'\]"),
+        (NAMED | {"base_rgb": "side"}, "names 'base_rgb'.*did you mean 'base_0_rgb'"),
+    ],
+)
+def test_cameras_without_a_picture_and_pictures_without_a_camera_are_named(stats, named, message):
+    with pytest.raises(ValueError, match=message):
+        encoding.Encoder(model(image_keys=CAMERAS), data(cameras=named), stats)
+
+
+def test_pictures_of_another_size_say_what_to_set(stats):
+    encoder = encoding.Encoder(model(image_keys=CAMERAS), data(cameras=NAMED), stats)
+    message = r"pictures of 'wrist' are \(96, 96, 3\), config.model.image_resolution .* \(28, 56, 3"
+    with pytest.raises(ValueError, match=message):
+        encoder.observation(raw(images=pictures(left_wrist_0_rgb=(96, 96))))

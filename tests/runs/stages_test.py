@@ -1,0 +1,112 @@
+"""A job of many stages: what is reused, what is refused, what is removed."""
+
+import json
+import pathlib
+
+import pytest
+
+from policymix.runs import stages
+
+
+class Work:
+    """A stage's function that counts how often it is called."""
+
+    def __init__(self, error: Exception | None = None):
+        self.calls, self.error = 0, error
+
+    def __call__(self):
+        self.calls += 1
+        if self.error:
+            raise self.error
+
+
+SETTINGS = {"steps": 4, "data": ("a", "b"), "path": pathlib.Path("here")}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """That of a job whose first stage is done."""
+    stages.Stages(tmp_path / "job", 2).run("first", SETTINGS, Work())
+    return tmp_path / "job"
+
+
+def test_a_stage_that_is_done_is_reused_and_keeps_its_cost(directory, capsys):
+    capsys.readouterr()
+    again, first, second = stages.Stages(directory, 2), Work(), Work()
+    again.run("first", SETTINGS, first)
+    again.run("second", {}, second)
+    assert (first.calls, second.calls) == (0, 1)
+    out = capsys.readouterr().out
+    assert "[1/2] first: reused" in out
+    assert "[2/2] second" in out
+    recorded = json.loads((directory / "stages" / "first.json").read_text())["cost"]
+    assert again.told[0] == {"name": "first", **recorded, "reused": True}
+    assert again.told[1]["reused"] is False
+    assert again.told[1]["peak_memory_bytes"] > 10e6
+    assert again.told[1]["seconds"] >= 0
+
+
+def test_other_settings_are_refused_by_name(directory):
+    work = Work()
+    with pytest.raises(
+        ValueError, match=r"first in .*other settings \(steps: 4 then, 5 now\).*FRESH=1"
+    ):
+        stages.Stages(directory, 2).run("first", SETTINGS | {"steps": 5}, work)
+    with pytest.raises(ValueError, match="data: .'a', 'b'. then, None now; extra: None then, 1"):
+        stages.Stages(directory, 2).run("first", {"steps": 4, "path": "here", "extra": 1}, work)
+    assert work.calls == 0
+
+
+def test_a_stage_that_fails_is_not_recorded_and_runs_again(directory):
+    job, broken = stages.Stages(directory, 2), Work(RuntimeError("no"))
+    job.run("first", SETTINGS, Work())
+    with pytest.raises(RuntimeError, match="no"):
+        job.run("second", {}, broken)
+    assert [p.name for p in (directory / "stages").iterdir()] == ["first.json"]
+    assert [stage["name"] for stage in job.told] == ["first"]
+    mended = Work()
+    stages.Stages(directory, 2).run("second", {}, mended)
+    assert mended.calls == 1
+
+
+def test_a_stage_is_recorded_only_once_it_is_whole(directory):
+    def look():
+        assert not (directory / "stages" / "second.json").exists()
+
+    stages.Stages(directory, 2).run("second", {}, look)
+    assert (directory / "stages" / "second.json").exists()
+
+
+def test_fresh_removes_its_own_directory_and_nothing_else(directory):
+    beside = directory.parent / "notes.txt"
+    beside.write_text("precious")
+    (directory / "demos").mkdir()
+    work = Work()
+    stages.Stages(directory, 2, fresh=True).run("first", SETTINGS, work)
+    assert work.calls == 1
+    assert not (directory / "demos").exists()
+    assert beside.read_text() == "precious"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path, fresh):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds something else; choose another --output"):
+        stages.Stages(tmp_path, 1, fresh=fresh)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_that_is_empty_or_absent_will_do(tmp_path):
+    for fresh in (False, True):
+        for name in ("absent", "empty"):
+            directory = tmp_path / f"{name}{fresh}"
+            if name == "empty":
+                directory.mkdir()
+            stages.Stages(directory, 1, fresh=fresh).run("only", {}, Work())
+            assert (directory / "stages" / "only.json").is_file()
+
+
+def test_a_record_that_is_torn_is_named(directory):
+    (directory / "stages" / "first.json").write_text('{"settings": ')
+    with pytest.raises(ValueError, match="first.json is not readable JSON"):
+        stages.Stages(directory, 2).run("first", SETTINGS, Work())
