@@ -18,6 +18,9 @@ _ENV = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string("output", None, "Directory of the dataset to write.", required=True)
 _NUM_EPISODES = flags.DEFINE_integer("num_episodes", 50, "Successful episodes of each task.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first episode's start; the next ones count on.")
+_MAX_STEPS = flags.DEFINE_integer(
+    "max_steps", 0, "After how many an attempt has failed; 0: 150 in Meta-World, 300 in PushT."
+)
 _NOISE = flags.DEFINE_float("noise", 0.0, "On executed actions, in halves of the action's range.")
 
 
@@ -29,7 +32,7 @@ def main() -> None:
         pathlib.Path(_OUTPUT.value),
         num_episodes=_NUM_EPISODES.value,
         seed=_SEED.value,
-        max_steps=_CONFIG.value.evaluate.max_steps,
+        max_steps=_MAX_STEPS.value,
         noise=_NOISE.value,
         num_workers=_CONFIG.value.evaluate.num_workers,
         overwrite=flags.FLAGS.overwrite,

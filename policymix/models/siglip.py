@@ -117,6 +117,31 @@ class Encoder(nn.Module):
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel's side, as the matrix product that it is: XLA's
+    convolutions on a CPU, and more so their gradients, are an order of magnitude slower.
+    """
+
+    width: int
+    patch: int
+
+    @nn.compact
+    def __call__(self, images):
+        """[b, hh, ww, 3] → float32 [b, hh // patch, ww // patch, width]; what is over is cut."""
+        side = self.patch
+        shape = (side, side, images.shape[-1], self.width)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        rows, columns = images.shape[1] // side, images.shape[2] // side
+        patches = einops.rearrange(
+            images[:, : rows * side, : columns * side].astype(jnp.float32),
+            "b (i p) (j q) c -> b i j (p q c)",
+            p=side,
+            q=side,
+        )
+        return patches @ kernel.astype(jnp.float32).reshape(-1, self.width) + bias
+
+
 class SigLIP(nn.Module):
     """Pictures → one token per patch, at the language model's width.
 
@@ -131,15 +156,7 @@ class SigLIP(nn.Module):
     @nn.compact
     def __call__(self, images):
         """float [b, hh, ww, 3] in [-1, 1] → [b, s, out_dim], s = (hh // patch) * (ww // patch)."""
-        patch = (self.size.patch, self.size.patch)
-        x = nn.Conv(
-            self.size.width,
-            patch,
-            strides=patch,
-            padding="VALID",
-            dtype=jnp.float32,
-            name="embedding",
-        )(images.astype(jnp.float32))
+        x = PatchEmbedding(self.size.width, self.size.patch, name="embedding")(images)
         x = einops.rearrange(x, "b hh ww d -> b (hh ww) d")
         scale = nn.initializers.normal(stddev=self.size.width**-0.5)
         x = x + self.param("pos_embedding", scale, (1, x.shape[1], self.size.width))

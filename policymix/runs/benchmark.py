@@ -1,5 +1,6 @@
 """The rows of `make bench`: ours and a straightforward program, interleaved on the same machine."""
 
+import dataclasses
 import functools
 import multiprocessing
 import pathlib
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from policymix import memory, trees
@@ -18,9 +20,15 @@ from policymix.checkpoints import store, streaming
 from policymix.mixing import objective as objective_lib
 from policymix.models import flow, pi0
 from policymix.reports import tables
+from policymix.runs import policies, rollouts
+from policymix.sim import envs, workers
 from policymix.structs import Batch
+from policymix.training import optimizers
+from policymix.training import state as training
+from policymix.transforms import normalize
 
 _REPEATS = 3
+_STEPS, _EPISODES, _EPISODE_STEPS = 50, 100, 64
 _LEAVES, _ELEMENTS = 16, 4 * 2**20  # 16 leaves of 16 MB: a checkpoint of 268 MB
 
 
@@ -32,14 +40,19 @@ class Measurement(NamedTuple):
     peak: int | None = None
 
 
-def run(config: pi0.Pi0Config, rows: Sequence[str]) -> str:
-    """Measures the named rows, or all, on a freshly initialised model; returns the table."""
+def run(config: pi0.Pi0Config, small: ml_collections.ConfigDict, rows: Sequence[str]) -> str:
+    """Measures the named rows, or all, on freshly initialised models; returns the table.
+
+    Args:
+      config: the model of `gradient` and `sampling`; small: the policy of `training` and
+        `rollouts`, whole.
+    """
     chosen = rows or list(ROWS)
     if unknown := [row for row in chosen if row not in ROWS]:
         raise ValueError(f"--rows: {unknown[0]!r} is not a row; there are {', '.join(ROWS)}")
     lines = []
     for row in chosen:
-        ours, theirs = ROWS[row](config)
+        ours, theirs = ROWS[row](small if row in ("training", "rollouts") else config)
         lines.append(
             [
                 row,
@@ -163,8 +176,64 @@ def _row_sampling(config: pi0.Pi0Config) -> tuple[Measurement, ...]:
     )
 
 
+def _row_training(config: ml_collections.ConfigDict) -> tuple[Measurement, ...]:
+    """Steps of the whole update, layers unrolled and kept, against scanned and rematerialised."""
+    model = policies.model_config(config, why="a benchmark")
+    rng, size = np.random.default_rng(0), config.train.batch_size
+    batch = Batch(
+        pi0.example_observation(model, size).replace(
+            proprio=rng.standard_normal((size, model.proprio_dim), np.float32)
+        ),
+        rng.standard_normal((size, model.action_horizon, model.action_dim), np.float32),
+    )
+
+    def steps(model):
+        optimizer = optimizers.adamw()
+        state = training.init(pi0.init(model, jax.random.key(0)), optimizer, ema=False)
+        loss_fn = functools.partial(pi0.loss, model)
+        step = jax.jit(functools.partial(training.update, loss_fn=loss_fn, optimizer=optimizer))
+
+        def run():
+            after, key = state, jax.random.key(1)
+            for _ in range(_STEPS):
+                after, _ = step(after, batch, key, np.float32(1e-3))
+            return after.params
+
+        return _here(run)
+
+    memory.keep_freed()
+    return _interleaved(*(steps(dataclasses.replace(model, remat=r)) for r in (False, True)))
+
+
+def _row_rollouts(config: ml_collections.ConfigDict) -> tuple[Measurement, ...]:
+    """Episodes of ten tasks, one call for all that live, against one episode after another."""
+    model = policies.model_config(config, why="a benchmark")
+    config = config.copy_and_resolve_references()
+    config.evaluate.max_steps = _EPISODE_STEPS
+    tasks = envs.parse_all(config.evaluate.env)
+    episodes = [(task, k) for task in tasks for k in range(_EPISODES // len(tasks))]
+    prompts = {task: envs.make(task).prompt for task in tasks}
+    sizes = {"state": model.proprio_dim, "actions": model.action_dim}
+    stats = {key: normalize.NormStats(np.zeros(d), np.ones(d)) for key, d in sizes.items()}
+    with tempfile.TemporaryDirectory() as folder, workers.Pool(workers.default_workers()) as pool:
+        path = pathlib.Path(folder) / "0"
+        store.write_step(pi0.init(model, jax.random.key(0)), path, stats, "bench")
+        policy = policies.Policy(config, model, str(path))
+
+        def together():
+            rollouts.roll_out(policy, pool, episodes, config, prompts)
+
+        def apart():
+            for episode in episodes:
+                rollouts.roll_out(policy, pool, [episode], config, prompts)
+
+        return _interleaved(_here(together), _here(apart))
+
+
 ROWS = {
     "average": _row_average,  # of 3 Orbax checkpoints of 268 MB each, without writing
     "gradient": _row_coefficient_gradient,  # in 3 coefficients, over 4 batches of 2
+    "training": _row_training,  # 50 steps at batch 64 of the small policy
+    "rollouts": _row_rollouts,  # 100 episodes of 64 steps of the small policy
     "sampling": _row_sampling,  # 2 action chunks, 10 flow steps
 }

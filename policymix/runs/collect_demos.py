@@ -49,7 +49,7 @@ def collect(
         )
     output = files.local(output)
     files.check_output(output, overwrite=overwrite, ours=_is_collected)
-    max_steps = max_steps or envs.MAX_STEPS[tasks[0].simulator]
+    max_steps = envs.limit(tasks[0].simulator, max_steps)
     made = {task: envs.make(task) for task in tasks}
     print(
         f"{num_episodes} demonstrations of each of {', '.join(map(str, tasks))} in "

@@ -57,6 +57,7 @@ def evaluate(
     model = policies.model_config(config, why="evaluation")
     tasks = envs.parse_all(request.env or config.evaluate.env)
     _check(config, request, model)
+    envs.limit(tasks[0].simulator, config.evaluate.max_steps)
     names = _names(request)
     files.check_apart(
         request.output,
@@ -64,8 +65,11 @@ def evaluate(
     )
     files.check_output(request.output, overwrite=request.overwrite, ours=_is_evaluation)
     candidates = [policies.Policy(config, model, name) for name in request.checkpoints]
-    judge = _judge(config, request, model)
-    prompts = {task: envs.make(task).prompt for task in tasks}
+    judge = _judge(config, request, candidates[0])
+    made = {task: envs.make(task) for task in tasks}
+    for policy in candidates:
+        _check_robot(config, policy, made[tasks[0]])
+    prompts = {task: env.prompt for task, env in made.items()}
     e = config.evaluate
     episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
     print(
@@ -141,12 +145,37 @@ def _names(request: Request) -> list[str]:
     return names
 
 
-def _judge(config: ml_collections.ConfigDict, request: Request, model) -> judge_lib.Judge | None:
+def _check_robot(config: ml_collections.ConfigDict, policy: policies.Policy, env: envs.Env) -> None:
+    """ValueError if a policy reads or does what the environment does not have."""
+    seen = {name: f["shape"] for name, f in env.features.items() if name != "action"}
+    cameras = {f"cameras.{camera}": name for camera, name in policy.encoder.cameras.items()}
+    for field, name in {"state_key": config.data.state_key, **cameras}.items():
+        if len(seen.get(name, ())) != (1 if field == "state_key" else 3):
+            raise ValueError(
+                f"config.data.{field} is {name!r}; the environments observe "
+                + ", ".join(f"{key} {list(shape)}" for key, shape in seen.items())
+            )
+    stats, model = policy.encoder.norm_stats, policy.model
+    (p,), (a,) = seen[config.data.state_key], env.features["action"]["shape"]
+    for key, size, most in (("state", p, model.proprio_dim), ("actions", a, model.action_dim)):
+        known = len(stats[key].mean) if key in stats else 0
+        if size > min(known, most) or (key == "actions" and size < known):
+            raise ValueError(
+                f"{policy.name} has norm stats for {known} numbers of {key!r} and room for {most}; "
+                f"the environments have {size}: it belongs to another robot"
+            )
+
+
+def _judge(
+    config: ml_collections.ConfigDict, request: Request, policy: policies.Policy
+) -> judge_lib.Judge | None:
     if not request.validation:
         return None
     path = pathlib.Path(request.validation)
     validation = validation_lib.load(path, config.mix.held_out)
-    return judge_lib.Judge(model, path, validation, config.mix.seed)
+    judge = judge_lib.Judge(policy.model, path, validation, config.mix.seed)
+    judge.check(policy.name, policy.header)  # before the roll-outs, not after
+    return judge
 
 
 def _describe(

@@ -45,6 +45,7 @@ class Pipeline:
         self.sources = [
             sources_lib.Source(path, data, model.action_horizon, cameras) for path in paths
         ]
+        sources_lib.check_alike(self.sources)
         self._fractions = tuple(data.fractions)
         self.asset_id = data.asset_id or files.local(paths[0]).name
         self.norm_stats, self.norm_stats_from = self._find_norm_stats(config, resumed)
@@ -87,11 +88,11 @@ class Pipeline:
         sizes = {"state": self.model.proprio_dim, "actions": self.model.action_dim}
         fields = {"state": "proprio_dim", "actions": "action_dim"}
         for source in self.sources:
-            sample, path = source.chunks([0]).get(np.arange(1)), source.dataset.path
+            shapes, path = source.shapes(), source.dataset.path
             for key, size in sizes.items():
                 if key not in self.norm_stats:
                     raise ValueError(f"the norm stats of {self.norm_stats_from} lack {key!r}")
-                d, known = sample[key].shape[-1], len(self.norm_stats[key].mean)
+                d, known = shapes[key][-1], len(self.norm_stats[key].mean)
                 if d > size:
                     raise ValueError(
                         f"{key!r} of {path} has {d} dimensions, config.model.{fields[key]} is "

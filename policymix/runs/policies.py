@@ -45,6 +45,7 @@ class Policy:
 
     Attributes:
       name: its path as given; model: its configuration; encoder: its normalisation and prompts.
+      header: its parameters, not yet read.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, model: pi0.Pi0Config, checkpoint: str):
@@ -54,8 +55,8 @@ class Policy:
           ValueError, OSError: no checkpoint, another architecture, or no norm stats beside it.
         """
         self.name, self.model = checkpoint, model
-        self._header = store.open_params(checkpoint)
-        trees.check_same(pi0.shapes(model), self._header, names=("config.model", checkpoint))
+        self.header = store.open_params(checkpoint)
+        trees.check_same(pi0.shapes(model), self.header, names=("config.model", checkpoint))
         found = assets.norm_stats_of(checkpoint, config.data.asset_id or None)
         if found is None:
             raise ValueError(
@@ -68,7 +69,7 @@ class Policy:
     def load(self) -> Params:
         """The parameters, on the device; read once."""
         if self._params is None:
-            self._params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), dict(self._header))
+            self._params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), dict(self.header))
         return self._params
 
     def unload(self) -> None:

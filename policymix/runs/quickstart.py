@@ -168,7 +168,6 @@ class Quickstart:
         def make():
             collect_demos.collect(
                 output=self._demos(name),
-                max_steps=self.config.evaluate.max_steps,
                 pool=self._pool_of_environments(),
                 overwrite=True,
                 **settings,
@@ -316,9 +315,9 @@ class Quickstart:
             rows[-1]["outcomes"] = found["outcomes"]
         return {
             "task": self.q.soup_env,
-            "note": f"{self.q.soup_episodes} demonstrations in {self.q.num_splits} disjoint splits, "
-            + (f"sorted by {self.q.sort_by}" if self.q.sort_by else "shuffled")
-            + f"; losses on {self.q.validation_episodes} others",
+            "note": f"{self.q.soup_episodes} demonstrations in {self.q.num_splits} disjoint "
+            f"splits, {f'sorted by {self.q.sort_by}' if self.q.sort_by else 'shuffled'}; losses on "
+            f"{self.q.validation_episodes} others",
             "inputs": [self._label(name) for name in self.splits],
             "rows": sorted(rows, key=lambda row: _KINDS.index(row["kind"])),
             "geometry": mixes["average"]["geometry"],

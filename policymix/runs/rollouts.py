@@ -43,7 +43,7 @@ def roll_out(
       prompts: what each task is told.
     """
     e, num_episodes = config.evaluate, len(episodes)
-    limit = e.max_steps or envs.MAX_STEPS[episodes[0][0].simulator]
+    limit = envs.limit(episodes[0][0].simulator, e.max_steps)
     observations = dict(enumerate(pool.reset(episodes)))
     steps, scores = np.zeros(num_episodes, int), np.zeros(num_episodes)
     success = np.zeros(num_episodes, bool)

@@ -60,6 +60,14 @@ class Source:
             self._pictures[feature] = pictures.load(self.dataset, feature)
         return self._pictures[feature]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one example's "state", "actions" and the picture of every camera."""
+        example, features = self.chunks([0]).get(np.zeros(1, int)), self.dataset.features
+        found = {key: example[key].shape[1:] for key in ("state", "actions")}
+        for camera, name in self._cameras.items():
+            found[camera] = (*pictures.size(features[name], f"{self.dataset.path}: {name!r}"), 3)
+        return found
+
     def training(self) -> dict[str, Any]:
         """What is recorded beside a checkpoint of what it was trained on."""
         return {
@@ -67,6 +75,18 @@ class Source:
             "fingerprint": self.dataset.fingerprint(),
             "episodes": [int(episode) for episode in self.train_episodes],
         }
+
+
+def check_alike(sources: Sequence[Source]) -> None:
+    """ValueError if what a policy reads of them has different shapes, so that no batch has both."""
+    first, *others = ((source.dataset.path, source.shapes()) for source in sources)
+    for path, shapes in others:
+        for key, shape in shapes.items():
+            if shape != first[1][key]:
+                raise ValueError(
+                    f"{key!r} has the shape {list(first[1][key])} in {first[0]} and {list(shape)} "
+                    f"in {path}: the datasets of config.data.path must be of one robot"
+                )
 
 
 def shares(sources: Sequence[Source], fractions: Sequence[float], batch_size: int) -> list[int]:
@@ -111,12 +131,6 @@ def _concatenated(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             return [item for value in values for item in value]
         if isinstance(values[0], dict):
             return {name: np.concatenate([v[name] for v in values]) for name in values[0]}
-        sizes = {value.shape[1:] for value in values}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"the datasets of config.data.path have {key!r} of the shapes {sorted(sizes)} per "
-                "example; they must be of one robot"
-            )
         return np.concatenate(values)
 
     return {key: join(key) for key in parts[0]}

@@ -255,7 +255,7 @@ def _check_workdir(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
 ) -> None:
     """Refuses a workdir that is not this run's, or that --overwrite may not replace."""
-    named = (config.train.init_from, config.data.path, config.data.norm_stats)
+    named = (config.train.init_from, *config.data.path.split(","), config.data.norm_stats)
     if overwrite or not workdir.exists():
         files.check_apart(workdir, [p for p in named if p and "://" not in p])
     if not workdir.exists():

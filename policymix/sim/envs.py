@@ -32,6 +32,7 @@ TASKS = {
 
 # After as many steps an episode has failed, unless a command says otherwise.
 MAX_STEPS = {"metaworld": 150, "pusht": 300}
+_MOST_STEPS = {"metaworld": 500}  # then the simulator itself refuses to go on
 
 
 class Env(Protocol):
@@ -128,6 +129,15 @@ def make(task: Task) -> Env:
         return pusht.Env(task.low, task.high)
     except ImportError as error:
         raise OSError(_missing(task.simulator, error)) from error
+
+
+def limit(simulator: str, max_steps: int = 0) -> int:
+    """Steps of an episode; 0 asks for the default. ValueError for more than the simulator has."""
+    _check_simulator(simulator)
+    steps, most = max_steps or MAX_STEPS[simulator], _MOST_STEPS.get(simulator, max_steps)
+    if max_steps > most:
+        raise ValueError(f"max_steps is {max_steps}; {simulator} ends its episodes after {most}")
+    return steps
 
 
 def versions(simulator: str) -> dict[str, str]:

@@ -158,3 +158,19 @@ def test_simulators_do_without_jax():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_an_episode_has_no_more_steps_than_its_simulator():
+    assert (envs.limit("metaworld"), envs.limit("metaworld", 500)) == (150, 500)
+    assert (envs.limit("pusht"), envs.limit("pusht", 9999)) == (300, 9999)
+    with pytest.raises(ValueError, match="max_steps is 501; metaworld ends .* after 500"):
+        envs.limit("metaworld", 501)
+
+
+@needs_simulators
+def test_the_most_steps_are_those_of_the_simulator():
+    from policymix.sim import metaworld
+
+    assert envs.limit("metaworld", metaworld.MAX_STEPS) == metaworld.MAX_STEPS
+    with pytest.raises(ValueError, match=f"after {metaworld.MAX_STEPS}"):
+        envs.limit("metaworld", metaworld.MAX_STEPS + 1)
