@@ -139,7 +139,8 @@ class PatchEmbedding(nn.Module):
             p=side,
             q=side,
         )
-        return patches @ kernel.astype(jnp.float32).reshape(-1, self.width) + bias
+        kernel = einops.rearrange(kernel, "p q c d -> (p q c) d")
+        return patches @ kernel.astype(jnp.float32) + bias[None, None, None, :]
 
 
 class SigLIP(nn.Module):

@@ -12,15 +12,17 @@ import pytest
 
 from policymix.data import writer
 from tests import oracle
+from tests.runs import sim_support
 
 ROOT = pathlib.Path(__file__).parents[2]
 MAINS = sorted(p.name for p in (ROOT / "experiments").glob("*.py"))
 STATE = f"--config={ROOT / 'configs/pi0_state.py'}:debug"
+SAWYER = f"--config={ROOT / 'configs/pi0_metaworld.py'}:debug"
 
 
-def run(main: str, *arguments: str) -> subprocess.CompletedProcess:
+def run(main: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "experiments" / main), *arguments]
-    env = os.environ | {"XLA_FLAGS": ""}  # one device, as a laptop has
+    env = os.environ | {"XLA_FLAGS": ""} | variables  # one device, as a laptop has
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -30,9 +32,9 @@ def succeeds(main: str, *arguments: str) -> str:
     return result.stdout
 
 
-def fails(main: str, *arguments: str) -> str:
+def fails(main: str, *arguments: str, **variables: str) -> str:
     """One line on stderr, a non-zero exit."""
-    result = run(main, *arguments)
+    result = run(main, *arguments, **variables)
     assert result.returncode != 0, result.stdout
     assert "Traceback" not in result.stderr
     lines = result.stderr.strip().splitlines()
@@ -71,6 +73,75 @@ def test_the_workflow_from_data_to_a_mix(tmp_path):
     )
     assert "27 arrays loaded, 0 newly initialised, 0 ignored" in out
     assert f"norm stats from {tmp_path / 'mix'}" in out
+
+
+@pytest.mark.slow
+def test_the_quickstarts_stages_by_hand(tmp_path):
+    """Demonstrations, splits, a fine-tune of each, a mix, and roll-outs of all three."""
+    pytest.importorskip("metaworld")
+
+    def demonstrate(name, seed):
+        out = succeeds(
+            "collect_demos.py", SAWYER, "--env=metaworld/reach-v3", "--num_episodes=4",
+            f"--seed={seed}", f"--output={tmp_path / name}",
+        )  # fmt: skip
+        assert "4 episodes, " in out
+
+    demonstrate("demos", 0)
+    demonstrate("others", 100)
+    succeeds(
+        "split_dataset.py", f"--source={tmp_path / 'demos'}", "--num_splits=2",
+        "--sort_by=observation.state[36]", f"--output={tmp_path / 'splits'}",
+    )  # fmt: skip
+    demos = f"--config.data.path={tmp_path / 'demos'}"
+    succeeds("norm_stats.py", SAWYER, demos, f"--output={tmp_path / 'norm_stats.json'}")
+    stats = f"--config.data.norm_stats={tmp_path / 'norm_stats.json'}"
+    for k in (0, 1):
+        out = succeeds(
+            "train.py", SAWYER, stats, f"--workdir={tmp_path / 'runs' / str(k)}",
+            f"--config.data.path={tmp_path / 'splits' / f'split_{k}'}",
+        )  # fmt: skip
+        assert "2 episodes to train on, 0 held out" in out
+    out = succeeds(
+        "dump_validation.py", SAWYER, stats, f"--config.data.path={tmp_path / 'others'}",
+        "--config.data.held_out=1", f"--output={tmp_path / 'val.npz'}",
+    )  # fmt: skip
+    assert "from the episodes [0, 1, 2, 3]" in out
+    inputs = [str(tmp_path / "runs" / str(k) / "4") for k in (0, 1)]
+    validation = f"--validation={tmp_path / 'val.npz'}"
+    out = succeeds(
+        "mix.py", SAWYER, f"--checkpoints={','.join(inputs)}", validation, "--method=inverse_loss",
+        f"--output={tmp_path / 'mix'}",
+    )  # fmt: skip
+    assert "WARNING" not in out  # one normalisation, and nobody saw the validation episodes
+    out = succeeds(
+        "evaluate.py", SAWYER, f"--checkpoints={','.join(inputs)},{tmp_path / 'mix'}", validation,
+        "--names=first,second,mix", "--config.evaluate.max_steps=24",
+        f"--output={tmp_path / 'evaluation'}",
+    )  # fmt: skip
+    assert "mix: " in out
+    told = json.loads((tmp_path / "mix" / "mix.json").read_text())
+    found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["policies"]
+    assert [policy["name"] for policy in found] == ["first", "second", "mix"]
+    assert [policy["loss"] for policy in found[:2]] == [entry["loss"] for entry in told["inputs"]]
+    assert found[2]["loss"] == pytest.approx(told["loss"], rel=1e-6)
+    assert {policy["episodes"] for policy in found} == {2}
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        ("collect_demos.py", ("--env=metaworld/reach-v3", "--output=OUT")),
+        ("quickstart.py", (SAWYER, "--output=OUT")),
+    ],
+)
+def test_a_simulator_that_is_missing_is_one_line_with_its_command(main, arguments, tmp_path):
+    (tmp_path / "metaworld.py").write_text("raise ImportError(\"No module named 'mujoco'\")")
+    arguments = [a.replace("OUT", str(tmp_path / "out" / "demos")) for a in arguments]
+    line = fails(main, *arguments, PYTHONPATH=str(tmp_path))
+    assert "metaworld is not installed, or not whole (No module named 'mujoco')" in line
+    assert "make venv EXTRAS=sim" in line
+    assert not list(tmp_path.glob("out/**/*.parquet"))
 
 
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
@@ -179,21 +250,32 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return sim_support.write_policy(tmp_path_factory.mktemp("policy") / "fresh")
+
+
 @pytest.mark.parametrize(
     ("main", "arguments"),
     [
         ("train.py", (STATE, "--workdir=OUT")),
         ("dump_validation.py", (STATE, "--output=OUT")),
         ("mix.py", (f"--checkpoints={oracle.step('pi0', 'base')}", "--output=OUT")),
-        ("quickstart.py", ("--output=OUT",)),
+        ("collect_demos.py", ("--env=metaworld/reach-v3,push-v3", "--output=OUT")),
+        ("evaluate.py", (SAWYER, "--checkpoints=POLICY", "--output=OUT")),
+        ("quickstart.py", (SAWYER, "--output=OUT")),
+        ("doctor.py", ()),
         ("norm_stats.py", (STATE, "--output=OUT")),
         ("split_dataset.py", ("--source=SOURCE", "--output=OUT")),
         ("benchmark.py", ()),
     ],
 )
-def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path, source):
-    out = str(tmp_path / "out")
-    arguments = [a.replace("OUT", out).replace("SOURCE", str(source)) for a in arguments]
+def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path, source, policy):
+    if main in ("collect_demos.py", "evaluate.py"):
+        pytest.importorskip("metaworld")
+    words = {"OUT": str(tmp_path / "out"), "SOURCE": str(source), "POLICY": policy}
+    for word, meant in words.items():
+        arguments = [a.replace(word, meant) for a in arguments]
     assert succeeds(main, *arguments, "--dry_run").strip()
     assert not list(tmp_path.iterdir())
 
