@@ -132,7 +132,7 @@ def test_the_quickstarts_stages_by_hand(tmp_path):
     ("main", "arguments"),
     [
         ("collect_demos.py", ("--env=metaworld/reach-v3", "--output=OUT")),
-        ("quickstart.py", (SAWYER, "--output=OUT")),
+        pytest.param("quickstart.py", (SAWYER, "--output=OUT"), marks=pytest.mark.slow),
     ],
 )
 def test_a_simulator_that_is_missing_is_one_line_with_its_command(main, arguments, tmp_path):
