@@ -58,18 +58,24 @@ def test_updates_with_a_rate_each_are_adamw_with_that_schedule(params, weight_de
         optax.clip_by_global_norm(0.5),
         optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=weight_decay),
     )
-    root, found = jax.random.key(0), state.init(params, ours, ema=False)
-    expected, their_state = params, theirs.init(params)
-    for step in range(8):
-        found, metrics = state.update(
-            found, batch(step), root, rates[step], loss_fn=loss_fn, optimizer=ours
-        )
-        key = jax.random.fold_in(root, step)
-        grads = jax.grad(loss_fn, has_aux=True)(expected, batch(step), key)[0]
-        updates, their_state = theirs.update(grads, their_state, expected)
-        expected = optax.apply_updates(expected, updates)
-        assert float(metrics["learning_rate"]) == rates[step]
-        np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-6)
+
+    @jax.jit
+    def step(found, batch, rate):
+        return state.update(found, batch, jax.random.key(0), rate, loss_fn=loss_fn, optimizer=ours)
+
+    @jax.jit
+    def expected_step(params, opt_state, batch, k):
+        key = jax.random.fold_in(jax.random.key(0), k)
+        grads = jax.grad(loss_fn, has_aux=True)(params, batch, key)[0]
+        updates, opt_state = theirs.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
+
+    found, expected, opt_state = state.init(params, ours, ema=False), params, theirs.init(params)
+    for k in range(8):
+        found, metrics = step(found, batch(k), rates[k])
+        expected, opt_state, norm = expected_step(expected, opt_state, batch(k), k)
+        assert float(metrics["learning_rate"]) == rates[k]
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found.params, expected)
     assert np.abs(found.params["w"] - params["w"]).max() > 0.05
 
