@@ -103,6 +103,7 @@ def evaluate(
         "tasks": [str(task) for task in tasks],
         "settings": e.to_dict() | {"env": request.env or e.env},
         "validation": judge.describe() if judge else None,
+        "warnings": judge.warnings if judge else [],
         "policies": told,
         "seconds": time.monotonic() - started,
         "peak_memory_bytes": {"policy": memory.peak_bytes(), "environments": environments},
@@ -175,6 +176,10 @@ def _judge(
     validation = validation_lib.load(path, config.mix.held_out)
     judge = judge_lib.Judge(policy.model, path, validation, config.mix.seed)
     judge.check(policy.name, policy.header)  # before the roll-outs, not after
+    judge.warnings += provenance.leaks(request.checkpoints, validation.meta)
+    judge.warnings += judge.normalised_otherwise(request.checkpoints)
+    for warning in judge.warnings:
+        print(f"WARNING: {warning}")
     return judge
 
 
