@@ -17,7 +17,7 @@ $(STAMP): setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,sim$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
-# SIM=pusht runs it on pictures; FRESH=1 starts over; SMOKE=1 takes a minute and learns nothing.
+# SIM=pusht runs it on pictures; FRESH=1 starts over; SMOKE=1 takes a minute or two and learns nothing.
 quickstart: venv
 	$(BIN)/python experiments/quickstart.py --config=configs/pi0_$(SIM).py$(if $(SMOKE),:debug) \
 	  --output=outputs/quickstart/$(SIM)$(if $(SMOKE),-smoke) $(if $(FRESH),--fresh)
