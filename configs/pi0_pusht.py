@@ -6,9 +6,9 @@ r"""A small π0 on PushT's 96-pixel pictures: what `make quickstart SIM=pusht` t
   python experiments/evaluate.py --config=configs/pi0_pusht.py --checkpoints=runs/mine/1000 \
     --output=evaluations/mine
 
-Model: 0.6 M parameters, one camera in 36 patches, the agent's position, chunks of 8 target
+Model: 0.5 M parameters, one camera in 36 patches, the agent's position, chunks of 8 target
 positions; no prompt, there being one task. Experts plan with the simulator and see the block's
-pose; the policy sees pictures, and an hour of a laptop is far from enough to master this task.
+pose; the policy sees pictures. No success rate has been measured for it yet.
 PushT needs a library of the system, on Debian libgl1: `python experiments/doctor.py` says so.
 `:debug` takes four steps of a network half as deep.
 """

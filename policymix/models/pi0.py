@@ -34,7 +34,7 @@ class Pi0Config:
       proprio_dim: length of the proprio vector (None: action_dim, as in OpenPI, whose states are
         padded to it).
       remat: scan the layers and compute their activations again in the backward pass. Without it
-        they are unrolled and kept: for small networks, which are then twice as fast.
+        they are unrolled and kept, which needs the memory of all layers: for small networks.
       siglip_variant: SIZE/PATCH ("So400m/14"); siglip_depth replaces its number of layers.
       pi05: adaptive norms, no proprio token. discrete_state_input: proprio is written into the
       prompt (None: pi05).

@@ -118,9 +118,7 @@ class Encoder(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose stride is its kernel's side, as the matrix product that it is: XLA's
-    convolutions on a CPU, and more so their gradients, are an order of magnitude slower.
-    """
+    """A convolution whose stride is its kernel's side, as the matrix product that it is."""
 
     width: int
     patch: int
