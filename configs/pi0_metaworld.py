@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.train.update({"log_every": 1, "save_every": 2})
         config.evaluate.update({"env": "metaworld/reach-v3", "num_episodes": 2})
         common.shrink_quickstart(config.quickstart)
-        config.quickstart.pretraining_env = "metaworld/reach-v3,button-press-v3"
+        config.quickstart.pretraining_env = "metaworld/reach-v3,door-open-v3"
     return config
 
 

@@ -2,16 +2,19 @@
 steps.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import pathlib
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import tqdm
 
-from policymix import files
+from policymix import files, memory
 
 _T = TypeVar("_T")
 
@@ -79,6 +82,39 @@ class Progress:
             self._bar.update()
         elif self._every and (self._done % self._every == 0 or self._done == self._total):
             print(f"{self._what}: {self._done}/{self._total}", file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass
+class Cost:
+    """What a piece of work took.
+
+    Attributes:
+      begun: seconds since 1970. seconds: of wall time. peak_memory_bytes: of its process.
+    """
+
+    begun: float
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@contextlib.contextmanager
+def costing() -> Iterator[Cost]:
+    """Fills in the cost of its block at the end."""
+    memory.reset_peak()
+    cost, started = Cost(time.time()), time.monotonic()
+    yield cost
+    cost.seconds = round(time.monotonic() - started, 2)
+    cost.peak_memory_bytes = memory.peak_bytes()
+
+
+def wall_seconds(costs: Iterable[Mapping[str, float]]) -> float:
+    """Seconds in which at least one of some pieces of work, each {"begun", "seconds"}, went on."""
+    total = end = 0.0
+    for cost in sorted(costs, key=lambda cost: cost["begun"]):
+        stop = cost["begun"] + cost["seconds"]
+        total += max(0.0, stop - max(end, cost["begun"]))
+        end = max(end, stop)
+    return total
 
 
 def progress(

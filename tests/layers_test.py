@@ -25,7 +25,7 @@ FLOORS = (
         "transforms": ("compose", "normalize", "images", "prompts", "robots"),
     },
     {
-        "": ("files", "memory", "sharding", "metrics", "hub"),
+        "": ("files", "memory", "processes", "sharding", "metrics", "hub"),
         "checkpoints": (
             "layout",
             "assets",
@@ -61,15 +61,7 @@ FLOORS = (
         ),
     },
     {
-        "": (
-            "reports",
-            "pages",
-            "evaluation_reports",
-            "quickstart_verdicts",
-            "quickstart_pictures",
-            "quickstart_reports",
-            "app",
-        ),
+        "": ("app",),
         "runs": (
             "encoding",
             "policies",
@@ -87,6 +79,7 @@ FLOORS = (
             "rollouts",
             "evaluate",
             "benchmark",
+            "lanes",
             "stages",
             "quickstart",
             "doctor",

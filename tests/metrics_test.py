@@ -1,6 +1,7 @@
 """What a run says of itself: lines that survive a kill, and progress that is not a flood."""
 
 import json
+import time
 
 import pytest
 
@@ -71,3 +72,20 @@ def test_progress_is_about_ten_lines_where_there_is_no_terminal(capsys, total):
 def test_progress_of_an_iterator_needs_its_length(capsys):
     assert list(metrics.progress(iter("abc"), "letters", total=3, lines=1)) == list("abc")
     assert capsys.readouterr().err == "letters: 3/3\n"
+
+
+def test_a_cost_is_of_its_block():
+    with metrics.costing() as cost:
+        time.sleep(0.05)
+    assert 0.05 <= cost.seconds < 5
+    assert abs(cost.begun + cost.seconds - time.time()) < 5
+    assert cost.peak_memory_bytes > 10e6
+
+
+def test_seconds_of_work_side_by_side_count_once():
+    def cost(begun, seconds):
+        return {"begun": begun, "seconds": seconds}
+
+    assert metrics.wall_seconds([]) == 0
+    assert metrics.wall_seconds([cost(100, 5), cost(0, 10)]) == 15
+    assert metrics.wall_seconds([cost(0, 10), cost(2, 3), cost(8, 4)]) == 12

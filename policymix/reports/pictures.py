@@ -10,6 +10,7 @@ import matplotlib.patches
 import matplotlib.ticker
 import numpy as np
 
+from policymix import metrics
 from policymix.reports import rates, verdicts
 
 KINDS = {"base": "#9aa5b1", "input": "#7a9cc6", "mix": "#d1495b", "control": "#edae49"}
@@ -53,7 +54,9 @@ def figure(report: Mapping[str, Any]) -> matplotlib.figure.Figure:
 
 
 def grouped(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Stages of one verb together: seconds added, the largest peak, how many were reused."""
+    """Stages of one verb together: seconds that at least one took, the largest peak, how many were
+    reused.
+    """
     found: dict[str, list[Mapping[str, Any]]] = {}
     for stage in stages:
         found.setdefault(stage["name"].split("_")[0], []).append(stage)
@@ -61,7 +64,7 @@ def grouped(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "name": same[0]["name"].replace("_", " ") if len(same) == 1 else verb,
             "count": len(same),
-            "seconds": sum(stage["seconds"] for stage in same),
+            "seconds": metrics.wall_seconds(same),
             "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in same),
             "reused": sum(stage["reused"] for stage in same),
         }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from policymix import memory, trees
+from policymix import memory, processes, trees
 from policymix.checkpoints import store, streaming
 from policymix.mixing import objective as objective_lib
 from policymix.models import flow, pi0
@@ -215,7 +215,7 @@ def _row_rollouts(config: ml_collections.ConfigDict) -> tuple[Measurement, ...]:
     prompts = {task: envs.make(task).prompt for task in tasks}
     sizes = {"state": model.proprio_dim, "actions": model.action_dim}
     stats = {key: normalize.NormStats(np.zeros(d), np.ones(d)) for key, d in sizes.items()}
-    with tempfile.TemporaryDirectory() as folder, workers.Pool(workers.default_workers()) as pool:
+    with tempfile.TemporaryDirectory() as folder, workers.Pool(processes.num_cores()) as pool:
         path = pathlib.Path(folder) / "0"
         store.write_step(pi0.init(model, jax.random.key(0)), path, stats, "bench")
         policy = policies.Policy(config, model, str(path))

@@ -5,7 +5,7 @@ import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from policymix import files, metrics
+from policymix import files, metrics, processes
 from policymix.data import writer
 from policymix.sim import envs, experts, workers
 
@@ -59,9 +59,7 @@ def collect(
         print("dry run: nothing was written")
         return
     own = (
-        contextlib.nullcontext(pool)
-        if pool
-        else workers.Pool(num_workers or workers.default_workers())
+        contextlib.nullcontext(pool) if pool else workers.Pool(num_workers or processes.num_cores())
     )
     first = next(iter(made.values()))
     with (

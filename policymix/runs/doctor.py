@@ -10,8 +10,9 @@ import re
 import shutil
 import sys
 
+from policymix import processes
 from policymix.reports import tables
-from policymix.sim import envs, workers
+from policymix.sim import envs
 
 _LEAST_PYTHON = (3, 11)
 _LEAST_DISK = 2 * 10**9  # what the quickstart and an environment of one's own need, roughly
@@ -132,7 +133,7 @@ def _simulator(name: str) -> Finding:
 def _cores() -> Finding:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Finding(
-        "machine", "ok", f"{workers.default_workers()} cores, {memory / 1e9:.0f} GB of memory"
+        "machine", "ok", f"{processes.num_cores()} cores, {memory / 1e9:.0f} GB of memory"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from policymix import files, intervals, memory
+from policymix import files, intervals, memory, processes
 from policymix.checkpoints import provenance
 from policymix.data import validation as validation_lib
 from policymix.reports import evaluations, tables
@@ -85,7 +85,7 @@ def evaluate(
     told = []
     own = contextlib.nullcontext(pool)
     if pool is None:
-        own = workers.Pool(e.num_workers or workers.default_workers())
+        own = workers.Pool(e.num_workers or processes.num_cores())
     with own as pool:
         for name, policy in zip(names, candidates, strict=True):
             begun = time.monotonic()

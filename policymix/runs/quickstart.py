@@ -8,17 +8,17 @@ base; roll-outs inside that range, outside it, and on the base's own tasks, besi
 and smaller learning rates.
 """
 
+import functools
 import importlib.metadata
 import os
 import pathlib
 import platform
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
 
-from policymix import files
+from policymix import files, metrics, processes
 from policymix.reports import quickstart as quickstart_reports
 from policymix.runs import (
     collect_demos,
@@ -29,6 +29,7 @@ from policymix.runs import (
     stages,
     train,
 )
+from policymix.runs.stages import Stage
 from policymix.sim import envs, workers
 
 _SEEDS = {"pretraining": 0, "soup": 100_000, "validation": 200_000, "narrow": 300_000}
@@ -54,15 +55,22 @@ class Quickstart:
         self.output = files.local(output)
         self.splits = [f"split_{k}" for k in range(self.q.num_splits)]
         self.ratios = tuple(r for r in self.q.merge_ratios if 0 < r < 1)
+        self._rates = {f"finetuned_{rate:g}": rate for rate in self.q.small_learning_rates}
+        self._steps = {
+            "base": self.q.pretraining_steps,
+            **dict.fromkeys((*self.splits, "joint"), self.q.soup_steps),
+            "joint_long": self.q.soup_steps * self.q.num_splits,
+            **dict.fromkeys(("finetuned", "co_finetuned", *self._rates), self.q.narrow_steps),
+        }
         self._pool: workers.Pool | None = None
 
     def run(self, *, fresh: bool = False) -> dict[str, Any]:
         """Makes every stage that is not there yet, or all of them if `fresh`, then the report."""
-        plan = self._plan()
-        done = stages.Stages(self.output, len(plan), fresh=fresh)
+        done = stages.Stages(self.output, fresh=fresh)
+        if not jax.config.jax_compilation_cache_dir:  # one process compiles what the others run
+            jax.config.update("jax_compilation_cache_dir", str(self.output / "compiled"))
         try:
-            for name, settings, function in plan:
-                done.run(name, settings, function)
+            done.run(self._plan())
         finally:
             if self._pool is not None:
                 self._pool.close()
@@ -76,31 +84,29 @@ class Quickstart:
 
     def describe(self) -> str:
         """The plan, a line per stage."""
-        return "\n".join(name for name, _, _ in self._plan())
+        return "\n".join(stage.name for stage in self._plan())
 
-    def _plan(self) -> list[tuple[str, dict[str, Any], Callable[[], Any]]]:
-        """(name, settings, function) of every stage, in order."""
+    def _plan(self) -> list[Stage]:
+        """Every stage, in order."""
         q = self.q
         return [
             self._collect("pretraining", q.pretraining_env, q.pretraining_episodes),
-            self._train("base", ("pretraining",), q.pretraining_steps, base=False),
+            self._train("base", "pretraining"),
             self._collect("soup", q.soup_env, q.soup_episodes),
             self._collect("validation", q.soup_env, q.validation_episodes),
-            ("split", {"sort_by": q.sort_by, "num_splits": q.num_splits}, self._split),
-            ("validation_batches", {"held_out": q.held_out}, self._dump),
-            *(self._train(name, (name,), q.soup_steps) for name in self.splits),
-            self._train("joint", ("soup",), q.soup_steps),
-            self._train("joint_long", ("soup",), q.soup_steps * q.num_splits),
-            *(self._mix(method) for method in (*_METHODS, "manual")),
-            self._evaluate("soup", q.soup_env, self._soup_policies(), q.soup_rollouts),
             self._collect("narrow", q.narrow_env, q.narrow_episodes),
-            self._train("finetuned", ("narrow",), q.narrow_steps),
-            self._train("co_finetuned", ("narrow", "pretraining"), q.narrow_steps),
-            *(
-                self._train(f"finetuned_{rate:g}", ("narrow",), q.narrow_steps, rate=rate)
-                for rate in q.small_learning_rates
-            ),
-            ("interpolate", {"merge_ratios": self.ratios}, self._interpolate),
+            Stage("split", {"sort_by": q.sort_by, "num_splits": q.num_splits}, self._split),
+            Stage("validation_batches", {"held_out": q.held_out}, self._dump),
+            # The longest first, so that no lane has one left when the others are done.
+            self._train("joint_long", "soup"),
+            self._train("finetuned", "narrow"),
+            self._train("co_finetuned", "narrow", "pretraining"),
+            *(self._train(name, "narrow") for name in self._rates),
+            *(self._train(name, name) for name in self.splits),
+            self._train("joint", "soup"),
+            *(self._mix(method) for method in (*_METHODS, "manual")),
+            Stage("interpolate", {"merge_ratios": self.ratios}, self._interpolate),
+            self._evaluate("soup", q.soup_env, self._soup_policies(), q.soup_rollouts),
             *(
                 self._evaluate(suite.replace(" ", "_"), env, self._retain_policies(), n)
                 for suite, env, n in self._suites()
@@ -127,8 +133,7 @@ class Quickstart:
         return self.output / "runs" / name
 
     def _checkpoint(self, name: str) -> str:
-        steps = files.read_json(self._workdir(name) / "config.json")["train"]["num_steps"]
-        return str(self._workdir(name) / str(steps))
+        return str(self._workdir(name) / str(self._steps[name]))
 
     def _mixed(self, method: str) -> str:
         return str(self.output / "mixes" / method)
@@ -137,31 +142,26 @@ class Quickstart:
         folder = self.output / "mixes" / "interpolate"
         return str(folder if len(self.ratios) == 1 else folder / f"merge_ratio={ratio:g}")
 
-    def _soup_policies(self) -> dict[str, Callable[[], str]]:
-        """{name in the report: its checkpoint, once it is there}."""
-        singles = ["base", *self.splits, "joint", "joint_long"]
-        found = {name: (lambda name=name: self._checkpoint(name)) for name in singles}
-        for method in (*_METHODS, "manual"):
-            found[method] = lambda method=method: self._mixed(method)
-        return found
+    def _soup_policies(self) -> dict[str, str]:
+        """{name in the report: its checkpoint}."""
+        singles = ("base", *self.splits, "joint", "joint_long")
+        mixes = {method: self._mixed(method) for method in (*_METHODS, "manual")}
+        return {name: self._checkpoint(name) for name in singles} | mixes
 
-    def _retain_policies(self) -> dict[str, Callable[[], str]]:
-        rates = [f"finetuned_{rate:g}" for rate in self.q.small_learning_rates]
-        singles = ["base", "finetuned", "co_finetuned", *rates]
-        found = {name: (lambda name=name: self._checkpoint(name)) for name in singles}
-        for ratio in self.ratios:
-            found[f"merged_{ratio:g}"] = lambda ratio=ratio: self._merged(ratio)
-        return found
+    def _retain_policies(self) -> dict[str, str]:
+        singles = ("base", "finetuned", "co_finetuned", *self._rates)
+        merges = {f"merged_{ratio:g}": self._merged(ratio) for ratio in self.ratios}
+        return {name: self._checkpoint(name) for name in singles} | merges
 
     # The stages.
 
     def _pool_of_environments(self) -> workers.Pool:
         if self._pool is None:
-            count = self.config.evaluate.num_workers or workers.default_workers()
+            count = self.config.evaluate.num_workers or processes.num_cores()
             self._pool = workers.Pool(count)
         return self._pool
 
-    def _collect(self, name: str, env: str, num_episodes: int):
+    def _collect(self, name: str, env: str, num_episodes: int) -> Stage:
         settings = {"env": env, "num_episodes": num_episodes, "seed": _SEEDS[name]}
         settings["noise"] = self.q.noise
 
@@ -173,37 +173,27 @@ class Quickstart:
                 **settings,
             )
 
-        return f"demonstrations_{name}", settings, make
+        return Stage(f"demonstrations_{name}", settings, make)
 
-    def _train(
-        self,
-        name: str,
-        demos: tuple[str, ...],
-        num_steps: int,
-        *,
-        base: bool = True,
-        rate: float | None = None,
-    ):
+    def _train(self, name: str, *demos: str) -> Stage:
+        """The base, or one of those that start from it, which do not need each other."""
         config = self.config.copy_and_resolve_references()
-        config.data.path = ",".join(str(self._demos(demo)) for demo in demos)
-        config.data.held_out = 0.0
+        d, t = config.data, config.train
+        d.held_out = 0.0
         if len(demos) > 1:
-            config.data.fractions = tuple(1 / len(demos) for _ in demos)
-        t = config.train
-        t.update({"num_steps": num_steps, "decay_steps": num_steps})
-        t.save_every = min(t.save_every, num_steps)
-        t.warmup_steps = min(t.warmup_steps, num_steps // 4)
-        if rate is not None:
+            d.fractions = tuple(1 / len(demos) for _ in demos)
+        steps = self._steps[name]
+        t.update({"num_steps": steps, "decay_steps": steps})
+        t.save_every, t.warmup_steps = min(t.save_every, steps), min(t.warmup_steps, steps // 4)
+        if rate := self._rates.get(name):
             t.update({"learning_rate": rate, "final_learning_rate": rate / 100})
-        settings = {"num_steps": num_steps, "learning_rate": t.learning_rate, "seed": t.seed}
-        settings |= {"data": demos, "batch_size": t.batch_size}
-
-        def make():
-            if base:
-                config.train.init_from = self._checkpoint("base")
-            train.train(config, self._workdir(name))
-
-        return f"train_{name}", settings, make
+        settings = {part: config[part].to_dict() for part in ("model", "data", "train")}
+        settings["data"]["path"] = demos  # by name: the directory may be moved
+        d.path = ",".join(str(self._demos(demo)) for demo in demos)
+        if name != "base":
+            t.init_from = self._checkpoint("base")
+        make = functools.partial(train.train, config, self._workdir(name))
+        return Stage(f"train_{name}", settings, make, apart=name != "base")
 
     def _split(self):
         split_dataset.split(
@@ -221,7 +211,7 @@ class Quickstart:
         config.data.held_out, config.mix.held_out = 1.0, self.q.held_out
         dump_validation.dump(config, self.output / "validation.npz", overwrite=True)
 
-    def _mix(self, method: str):
+    def _mix(self, method: str) -> Stage:
         def make():
             request = {"checkpoints": tuple(self._checkpoint(name) for name in self.splits)}
             if method == "manual":  # by the number of frames, as federated averaging would
@@ -242,7 +232,7 @@ class Quickstart:
                 ),
             )
 
-        return f"mix_{method}", self.config.mix.to_dict(), make
+        return Stage(f"mix_{method}", self.config.mix.to_dict(), make)
 
     def _interpolate(self):
         mix.mix(
@@ -256,9 +246,7 @@ class Quickstart:
             ),
         )
 
-    def _evaluate(
-        self, name: str, env: str, policies: dict[str, Callable[[], str]], num_episodes: int
-    ):
+    def _evaluate(self, name: str, env: str, policies: dict[str, str], num_episodes: int) -> Stage:
         settings = self.config.evaluate.to_dict() | {"env": env, "num_episodes": num_episodes}
         settings["policies"] = list(policies)
 
@@ -266,7 +254,7 @@ class Quickstart:
             config = self.config.copy_and_resolve_references()
             config.evaluate.num_episodes = num_episodes
             request = evaluate.Request(
-                checkpoints=tuple(find() for find in policies.values()),
+                checkpoints=tuple(policies.values()),
                 names=tuple(policies),
                 output=self.output / "evaluations" / name,
                 env=env,
@@ -275,7 +263,7 @@ class Quickstart:
             )
             evaluate.evaluate(config, request, self._pool_of_environments())
 
-        return f"evaluate_{name}", settings, make
+        return Stage(f"evaluate_{name}", settings, make)
 
     # The report.
 
@@ -284,7 +272,7 @@ class Quickstart:
         return {
             "simulator": {"name": simulator, "versions": envs.versions(simulator)},
             "machine": {
-                "cores": workers.default_workers(),
+                "cores": processes.num_cores(),
                 "python": platform.python_version(),
                 "jax": importlib.metadata.version("jax"),
                 "platform": jax.default_backend(),
@@ -294,7 +282,7 @@ class Quickstart:
             "soup": self._soup(),
             "retain": self._retain(),
             "stages": told,
-            "seconds": sum(stage["seconds"] for stage in told),
+            "seconds": metrics.wall_seconds(told),
         }
 
     def _soup(self) -> dict[str, Any]:

@@ -1,14 +1,32 @@
 """A job of many stages: what is done is not done again, and each is timed."""
 
+import dataclasses
+import itertools
 import pathlib
 import shutil
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from policymix import files, memory
+from policymix import files, metrics
+from policymix.runs import lanes
 
 _FOLDER = "stages"
+
+
+class Stage(NamedTuple):
+    """A part of a job.
+
+    Attributes:
+      settings: whatever its result depends on, as JSON can hold it.
+      function: makes its output; it must replace one that a killed run left behind.
+      apart: whether it may run beside those next to it that are so too, in another process: its
+        function must be picklable then.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    function: Callable[[], Any]
+    apart: bool = False
 
 
 class Stages:
@@ -18,13 +36,13 @@ class Stages:
     settings is an error, not something to reuse.
 
     Attributes:
-      told: [{"name", "seconds", "peak_memory_bytes", "reused"}] so far.
+      told: [{"name", "begun", "seconds", "peak_memory_bytes", "reused"}] of all, in their order.
     """
 
-    def __init__(self, directory: pathlib.Path, total: int, *, fresh: bool = False):
+    def __init__(self, directory: pathlib.Path, *, fresh: bool = False):
         """`fresh` removes the directory first, if it is that of such a job."""
         self.directory, self.told = files.local(directory), []
-        self._records, self._total = self.directory / _FOLDER, total
+        self._records = self.directory / _FOLDER
         if self.directory.exists() and any(self.directory.iterdir()):
             if not self._records.is_dir():
                 raise FileExistsError(
@@ -35,37 +53,60 @@ class Stages:
         files.check_output(self.directory, overwrite=True)
         self._records.mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, settings: Mapping[str, Any], function: Callable[[], Any]) -> None:
-        """Runs one stage, unless it is recorded as done with the same settings.
-
-        Args:
-          settings: whatever the stage's result depends on, as JSON can hold it.
-          function: makes the stage's output; it must replace one that a killed run left behind.
-        """
-        path, settings = self._records / f"{name}.json", _jsonable(settings)
-        heading = f"[{len(self.told) + 1}/{self._total}] {name}"
-        if path.is_file():
-            record = files.read_json(path)
-            if record["settings"] != settings:
-                raise ValueError(
-                    f"{name} in {self.directory} was made with other settings "
-                    f"({_differences(record['settings'], settings)}): start over with FRESH=1 "
-                    "(--fresh), or choose another --output"
-                )
-            print(f"{heading}: reused", flush=True)
-            self.told.append({"name": name, **record["cost"], "reused": True})
-            return
-        print(f"\n{heading}", flush=True)
-        memory.reset_peak()
-        started = time.monotonic()
-        function()
-        cost = {
-            "seconds": round(time.monotonic() - started, 2),
-            "peak_memory_bytes": memory.peak_bytes(),
+    def run(self, plan: Sequence[Stage]) -> None:
+        """Runs the stages that are not recorded as done with the same settings."""
+        told: dict[str, dict[str, Any]] = {}
+        self._places = {
+            stage.name: f"[{k}/{len(plan)}] {stage.name}" for k, stage in enumerate(plan, 1)
         }
-        files.write_json(path, {"settings": settings, "cost": cost})
-        self.told.append({"name": name, **cost, "reused": False})
-        print(f"{heading}: {cost['seconds']:.1f} s", flush=True)
+        for apart, group in itertools.groupby(plan, lambda stage: stage.apart):
+            todo = []
+            for stage in group:
+                if cost := self._done(stage):
+                    told[stage.name] = {**cost, "reused": True}
+                    print(f"{self._places[stage.name]}: reused", flush=True)
+                else:
+                    todo.append(stage)
+            num_lanes = lanes.count(len(todo)) if apart else 1
+            run = self._beside_each_other if num_lanes > 1 else self._in_turn
+            for stage, cost in run(todo, num_lanes):
+                cost = dataclasses.asdict(cost)
+                record = {"settings": _jsonable(stage.settings), "cost": cost}
+                files.write_json(self._record(stage), record)
+                told[stage.name] = {**cost, "reused": False}
+                print(f"{self._places[stage.name]}: {cost['seconds']:.1f} s", flush=True)
+        self.told = [{"name": stage.name, **told[stage.name]} for stage in plan]
+
+    def _in_turn(self, todo: Sequence[Stage], num_lanes: int):
+        del num_lanes
+        for stage in todo:
+            print(f"\n{self._places[stage.name]}", flush=True)
+            with metrics.costing() as cost:
+                stage.function()
+            yield stage, cost
+
+    def _beside_each_other(self, todo: Sequence[Stage], num_lanes: int):
+        by_name = {stage.name: stage for stage in todo}
+        names = ", ".join(self._places[name] for name in by_name)
+        print(f"\n{num_lanes} side by side: {names}", flush=True)
+        for name, cost in lanes.run([(s.name, s.function) for s in todo], num_lanes):
+            yield by_name[name], cost
+
+    def _record(self, stage: Stage) -> pathlib.Path:
+        return self._records / f"{stage.name}.json"
+
+    def _done(self, stage: Stage) -> dict[str, Any] | None:
+        """What a stage took when it was done; None where it was not."""
+        if not self._record(stage).is_file():
+            return None
+        record, settings = files.read_json(self._record(stage)), _jsonable(stage.settings)
+        if record["settings"] != settings:
+            raise ValueError(
+                f"{stage.name} in {self.directory} was made with other settings "
+                f"({_differences(record['settings'], settings)}): start over with FRESH=1 "
+                "(--fresh), or choose another --output"
+            )
+        return record["cost"]
 
 
 def _jsonable(value: Any) -> Any:

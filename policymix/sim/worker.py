@@ -1,12 +1,12 @@
 """A process of environments: what it does with the commands that come through its connection."""
 
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing import connection as connections
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from policymix import processes
 from policymix.sim import envs, experts
 
 
@@ -63,14 +63,10 @@ class Worker:
         return _told(name, env.reset, seed)
 
 
-def serve(descriptor: int) -> None:
-    """Answers (method, arguments) with (True, result) or (False, error), until the pool is gone.
-
-    Args:
-      descriptor: of the socket whose other end the pool holds. Its end is ours too.
-    """
+def serve(connection: connections.Connection) -> None:
+    """Answers (method, arguments) with (True, result) or (False, error), until the pool is gone."""
     worker = Worker()
-    with connections.Connection(descriptor) as connection:
+    with connection:
         while True:
             try:
                 method, arguments = connection.recv()
@@ -80,7 +76,7 @@ def serve(descriptor: int) -> None:
             try:
                 answer = True, getattr(worker, method)(*arguments)
             except Exception as error:  # whatever a simulator raises
-                answer = False, (type(error).__name__, str(error), traceback.format_exc())
+                answer = False, processes.packed(error)
             try:
                 connection.send(answer)
             except OSError:

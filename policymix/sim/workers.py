@@ -3,10 +3,7 @@
 import collections
 import contextlib
 import dataclasses
-import os
 import pathlib
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from policymix import processes
 from policymix.sim import envs, experts
 from policymix.sim.worker import Outcome
 
@@ -30,13 +28,6 @@ _ONE_THREAD = dict.fromkeys(
     ),
     "1",
 )
-
-
-def default_workers() -> int:
-    """How many processes keep the cores busy that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclasses.dataclass
@@ -203,7 +194,7 @@ class Pool:
         for _, (fine, answer) in sorted(answers.items()):
             if not fine:
                 self._episodes = {}
-                raise _error(*answer)
+                raise processes.unpacked(*answer)
         return {w: answer for w, (_, answer) in answers.items()}
 
     def _in_order(
@@ -240,7 +231,7 @@ class Pool:
             return
         number, _ = queue.popleft()
         if not fine:
-            raise _error(*answer)
+            raise processes.unpacked(*answer)
         done[number] = answer
 
     def _drop(self, waiting: list[collections.deque]) -> None:
@@ -288,7 +279,7 @@ class Pool:
             process.send(request)
             fine, answer = process.receive(progress=False)
             if not fine:
-                raise _error(*answer)
+                raise processes.unpacked(*answer)
 
 
 class _DeadError(Exception):
@@ -309,36 +300,16 @@ class _Process:
         return self._process.pid
 
     def start(self) -> None:
-        """Starts a fresh interpreter, in place of the one before.
-
-        Not a fork: a copy of a process with JAX's threads may hang. In a process group of its own,
-        so that Ctrl-C in a terminal reaches only the pool.
-        """
+        """Starts a process, in place of the one before."""
         self.stop()
-        ours, theirs = socket.socketpair()
-        program = (  # Ctrl-C is the pool's business, from the first moment
-            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-            f"from policymix.sim import worker; worker.serve({theirs.fileno()})"
+        self._process, self.connection = processes.start(
+            "policymix.sim.worker.serve", _ONE_THREAD, quiet=True
         )
-        root = pathlib.Path(__file__).resolve().parents[2]
-        paths = filter(None, (str(root), os.environ.get("PYTHONPATH")))
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", program],
-                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,
-            )
-        self.connection = connections.Connection(ours.detach())
 
     def stop(self) -> None:
         """Ends the process; nothing where there is none."""
         if self._process is not None:
-            self.connection.close()
-            self._process.kill()
-            self._process.wait()
+            processes.stop(self._process, self.connection)
             self._process = None
 
     def send(self, request: tuple[str, tuple]) -> None:
@@ -358,14 +329,7 @@ class _Process:
     def end(self) -> str:
         """How a process ended that no longer answers."""
         self.deaths += 1
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return "closed its connection"
-        if code >= 0:
-            return f"ended with exit code {code}"
-        name = signal.Signals(-code).name
-        return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+        return processes.end(self._process)
 
     def peak_memory_bytes(self) -> int:
         # Not getrusage: on Linux a process inherits the peak of the one that started it.
@@ -382,10 +346,3 @@ def _listed(numbers: Iterable[int]) -> str:
     numbers = sorted(numbers)
     more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
     return ", ".join(map(str, numbers[:10])) + more
-
-
-def _error(kind: str, message: str, trace: str) -> Exception:
-    """The error of a process, of the same kind where it is one to be told in a line."""
-    error = {"ValueError": ValueError, "OSError": OSError}.get(kind, RuntimeError)(message)
-    error.add_note(trace)
-    return error

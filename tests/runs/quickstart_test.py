@@ -129,7 +129,8 @@ def test_stages_are_timed_and_told(whole):
     names = quickstart.Quickstart(pi0_metaworld.get_config("debug"), whole).describe().split()
     assert [stage["name"] for stage in report["stages"]] == names
     assert not any(stage["reused"] for stage in report["stages"])
-    assert report["seconds"] == pytest.approx(sum(s["seconds"] for s in report["stages"]))
+    took = [s["seconds"] for s in report["stages"]]
+    assert max(took) < report["seconds"] <= sum(took)  # fine-tunes may run side by side
     assert all(stage["peak_memory_bytes"] > 50e6 for stage in report["stages"])
     printed = (whole.parent / "printed.txt").read_text()
     assert f"report: {whole / 'report.html'}" in printed

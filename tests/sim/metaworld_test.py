@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from policymix.sim import envs
+from policymix.sim import envs, experts
 
 env_dict = pytest.importorskip("metaworld.env_dict")
 
@@ -199,3 +199,18 @@ def test_every_task_starts_in_a_narrow_part(name):
         for seed in range(3):
             env.reset(seed)
     assert time.monotonic() - begin < 60
+
+
+def test_a_grasp_is_what_meta_world_calls_one():
+    """The touch of both pads, along an expert's episode in which the object is lifted."""
+    task = envs.parse("metaworld", "pick-place-v3")
+    env, found = envs.make(task), []
+    observation = env.reset(0)
+    act = experts.expert(task, env, 0)
+    for _ in range(120):
+        observation, _, _ = env.step(act(observation))
+        official = env_dict.ALL_V3_ENVIRONMENTS[task.name].touching_object
+        ours = env._env
+        found.append(ours.touching_main_object)
+        assert found[-1] == official(ours, ours._get_id_main_object())
+    assert 10 < sum(found) < 110

@@ -250,7 +250,3 @@ def test_processes_end_with_their_parent_and_not_by_ctrl_c():
 def test_memory_is_that_of_the_processes(pool):
     pool.reset([(REACH, 0)])
     assert 50e6 < pool.peak_memory_bytes() < 2e9
-
-
-def test_there_are_as_many_processes_as_cores():
-    assert 1 <= workers.default_workers() <= os.cpu_count()
