@@ -73,7 +73,7 @@ def write(
 
 
 def step(model: str, which: str) -> pathlib.Path:
-    """The step directory in testdata: whole for the bases and pi0's var1 and var2.
+    """The step directory in testdata: whole for the bases and pi0's var1.
 
     The others hold norm stats only.
     """
