@@ -30,7 +30,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "quantiles": False,
                 "state_key": "observation.state",
                 "action_key": "action",
-                "cameras": {},  # {camera of the model: picture feature of the dataset}
+                # {camera of the model: picture feature of the dataset}; "" is none yet.
+                "cameras": {},
                 "mask_cameras": False,  # go on as if every camera of the model were absent
                 "tokenizer": "bytes",  # or words: a token each, for small models
                 "default_prompt": "",  # overrides the dataset's instructions

@@ -34,6 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "dtype": "bfloat16",
         }
     )
+    config.data.cameras = dict.fromkeys(config.model.image_keys, "")
     config.data.quantiles = True
     config.train.batch_size = 256
     config.train.warmup_steps = 10_000

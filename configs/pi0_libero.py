@@ -34,6 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "dtype": "bfloat16",
         }
     )
+    config.data.cameras = dict.fromkeys(config.model.image_keys, "")
     config.data.asset_id = "physical-intelligence/libero"
     config.train.init_from = "gs://openpi-assets/checkpoints/pi0_base/params"
     if common.parse_arg(arg):

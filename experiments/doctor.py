@@ -3,16 +3,20 @@
 python experiments/doctor.py
 """
 
-from absl import flags
+import sys
 
-from policymix import app
+try:
+    from absl import flags
+
+    from policymix import app
+    from policymix.runs import doctor
+except ModuleNotFoundError as error:  # what it is for: also where hardly anything is installed
+    sys.exit(f"error: {error.name} is missing: make venv installs it, into .venv")
 
 _CONFIG = app.define_config(__file__)
 
 
 def main() -> None:
-    from policymix.runs import doctor
-
     findings = doctor.examine()
     print(doctor.table(findings))
     broken = [finding.what for finding in findings if finding.state == "broken"]

@@ -50,16 +50,11 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _guarded(main: Callable[[], None]) -> None:
-    # Our own words at their level; those of Orbax would bury them, and its errors reach us anyway.
-    logging.set_verbosity(logging.WARNING if _VERBOSE.value else logging.FATAL)
-    level = python_logging.INFO if _VERBOSE.value else python_logging.WARNING
-    python_logging.getLogger("policymix").setLevel(level)
     if _VERBOSE.value:
+        logging.set_verbosity(logging.WARNING)
+        python_logging.getLogger("policymix").setLevel(python_logging.INFO)
         return main()
-    warnings.filterwarnings("ignore")
-    # Threads and callbacks of a failing save print tracebacks of their own, before and after ours.
-    python_logging.getLogger("concurrent.futures").setLevel(python_logging.CRITICAL + 1)
-    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    quiet()
     try:
         return main()
     except KeyboardInterrupt:
@@ -68,6 +63,17 @@ def _guarded(main: Callable[[], None]) -> None:
         expected = isinstance(error, ValueError | OSError | FloatingPointError)
         kind = "" if expected else f"{type(error).__name__}: "
         _fail(kind + _one_line(error) + ("" if expected else " (--verbose shows the traceback)"))
+
+
+def quiet() -> None:
+    """Only our own words from here on, and errors where they are caught."""
+    # Orbax's log would bury the rest, and its errors reach us anyway.
+    logging.set_verbosity(logging.FATAL)
+    python_logging.getLogger("policymix").setLevel(python_logging.WARNING)
+    warnings.filterwarnings("ignore")
+    # Threads and callbacks of a failing save print tracebacks of their own, before and after ours.
+    python_logging.getLogger("concurrent.futures").setLevel(python_logging.CRITICAL + 1)
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Output that is either whole or absent, and JSON that says which file was wrong."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _PARTIAL = ".partial-"
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def local(path: str | os.PathLike) -> pathlib.Path:
@@ -80,7 +82,8 @@ def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     partial.mkdir()
     try:
-        yield partial
+        with _naming(path):
+            yield partial
         if path.exists():
             if not overwrite:
                 raise FileExistsError(
@@ -95,6 +98,36 @@ def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Says of a failed write what was written: a full disk's own error does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; make room, or write elsewhere"
+        ) from error
+
+
+def remove(path: pathlib.Path) -> None:
+    """Deletes a directory, which is gone at once for all who look: one that is killed on the way
+    leaves a hidden `.NAME.partial-PID` at most, which the next `remove` of the same deletes.
+    """
+    path = local(path)
+    _remove_leftovers(path)
+    if path.exists():
+        doomed = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def is_empty(path: pathlib.Path) -> bool:
+    """Whether a directory holds nothing, or only what a killed `write_whole` left."""
+    return not any(not (p.name.startswith(".") and _PARTIAL in p.name) for p in path.iterdir())
 
 
 def _remove_leftovers(path: pathlib.Path) -> None:
@@ -124,7 +157,8 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:
-        partial.write_bytes(content)
+        with _naming(path):
+            partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

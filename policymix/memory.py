@@ -8,15 +8,20 @@ import sys
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
 
-def peak_bytes() -> int:
-    """The largest resident size this process has had, since the last `reset_peak` if any."""
-    status = pathlib.Path("/proc/self/status")
-    peak = None
-    if status.exists():  # getrusage would count what the parent had before it started us
-        lines = status.read_text().splitlines()
-        peak = next((line for line in lines if line.startswith("VmHWM")), None)
-    if peak:
-        return int(peak.split()[1]) * 1024
+def peak_bytes(pid: int | None = None) -> int:
+    """The largest resident size of this process, since the last `reset_peak` if any.
+
+    Of another one, by its number; 0 where that is gone or the system does not say.
+    """
+    try:  # getrusage would count what the parent had before it started us
+        lines = pathlib.Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if pid:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

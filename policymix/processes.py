@@ -83,7 +83,7 @@ def end(process: subprocess.Popen) -> str:
     return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
 
 
-def packed(error: Exception) -> tuple[str, str, str]:
+def packed(error: BaseException) -> tuple[str, str, str]:
     """An error as it can be sent: its kind, its message, its traceback."""
     kind = next((told.__name__ for told in _TOLD if isinstance(error, told)), type(error).__name__)
     return kind, str(error), traceback.format_exc()

@@ -1,5 +1,6 @@
 """Output that is whole or absent, whatever kills the run, and errors before any work."""
 
+import errno
 import json
 import os
 import pathlib
@@ -212,3 +213,43 @@ def test_damaged_json_names_its_file(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.json is not readable JSON"):
         files.read_json(tmp_path / "a.json")
+
+
+def test_a_full_disk_is_told_with_what_did_not_fit(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = r"cannot write .*out: No space left on device; make room"
+    with pytest.raises(OSError, match=message), files.whole_directory(tmp_path / "out"):
+        full()
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot write .*a.json: No space left .*; make room"):
+        files.write_json(tmp_path / "a.json", {})
+    assert not names(tmp_path)
+
+
+def test_an_error_that_is_not_of_the_disk_stays_what_it_was(tmp_path):
+    lost, out = tmp_path / "weights", tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="weights"), files.whole_directory(out):
+        lost.read_bytes()
+
+
+def test_a_directory_is_removed_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    (out / "deep").mkdir(parents=True)
+    (out / "deep" / "file").write_text("old")
+    program = "os.rmdir = os.unlink = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
+    assert run(program + "files.remove(out)", out) == -signal.SIGKILL
+    assert not out.exists()
+    (leftover,) = names(tmp_path)
+    assert leftover.startswith(".out.partial-")
+    files.remove(out)
+    assert not names(tmp_path)
+
+
+def test_a_directory_with_a_torn_file_alone_is_empty(tmp_path):
+    assert files.is_empty(tmp_path)
+    (tmp_path / ".config.json.partial-12").write_text("{")
+    assert files.is_empty(tmp_path)
+    (tmp_path / ".hidden").write_text("")
+    assert not files.is_empty(tmp_path)

@@ -100,7 +100,7 @@ def _draw_soup(axis, soup: Mapping[str, Any]) -> None:
     handles = [matplotlib.patches.Patch(color=KINDS[kind], label=kind) for kind in kinds]
     # An empty line in the legend explains the star.
     handles.append(
-        matplotlib.lines.Line2D([], [], linestyle="", label="* chosen by selection loss")
+        matplotlib.lines.Line2D([], [], linestyle="", label="* mix chosen by selection loss")
     )
     axis.legend(
         handles=handles,

@@ -98,7 +98,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _chosen(soup: Mapping[str, Any]) -> str:
-    return f"* chosen by selection loss: {verdicts.chosen(soup)['name']}"
+    return f"* mix chosen by selection loss: {verdicts.chosen(soup)['name']}"
 
 
 def _geometry(soup: Mapping[str, Any]) -> str:

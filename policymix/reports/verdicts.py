@@ -9,23 +9,23 @@ from policymix.reports import rates
 _RATIO = 0.5  # RETAIN's default, fixed before anything is measured
 
 
+_CHANCE = 0.05  # p-values from here on tell no difference
+
+
 def chosen(soup: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The mix with the lowest selection loss: what a user without roll-outs would take."""
-    return min(_of(soup, "mix"), key=lambda row: row["loss"]["selection"])
+    """The mix with the lowest selection loss, what a user without roll-outs would take, of those
+    that mix: a search may end at one input alone.
+    """
+    mixes = _of(soup, "mix")
+    return min(_mixing(mixes) or mixes, key=lambda row: row["loss"]["selection"])
 
 
 def soup_sentence(soup: Mapping[str, Any]) -> str:
     """Whether the mix beats the best single checkpoint, and whether a control makes it needless."""
-    mix, single = chosen(soup), _best(_of(soup, "input"))
-    controls = _of(soup, "control")
-    count = len(_of(soup, "mix"))
-    told = [
-        f"Of {count} mixes, “{mix['name']}” has the lowest selection loss and was chosen by that "
-        "alone, not by its successes."
-        if count > 1
-        else f"There is one mix, “{mix['name']}”."
-    ]
-    if not any(row["successes"] for row in soup["rows"]):
+    mix, single, controls = chosen(soup), _best(_of(soup, "input")), _of(soup, "control")
+    told = [_choice(soup, mix)]
+    compared = [mix, single, *([_best(controls)] if controls else [])]
+    if not any(row["successes"] for row in compared):
         told.append(_soup_by_score(mix, single, controls))
         return " ".join(told)
     told.append(
@@ -36,8 +36,40 @@ def soup_sentence(soup: Mapping[str, Any]) -> str:
     )
     told.append(_against_single(mix, single))
     if controls:
-        told.append(_against_control(mix, _best(controls)))
+        told.append(_against_control(mix, controls))
     return " ".join(told)
+
+
+def _choice(soup: Mapping, mix: Mapping) -> str:
+    """How the mix was chosen, and whether any input has a lower selection loss."""
+    mixes, mixing = _of(soup, "mix"), _mixing(_of(soup, "mix"))
+    alone = [row for row in mixes if row not in mixing]
+    if len(mixes) == 1:
+        told = f"There is one mix, “{mix['name']}”."
+    elif not alone:
+        told = (
+            f"Of {len(mixes)} mixes, “{mix['name']}” has the lowest selection loss and was chosen"
+        )
+        told += " by that alone, not by its successes."
+    elif not mixing:
+        return f"Each of the {len(mixes)} mixes keeps one checkpoint alone: nothing was mixed."
+    else:
+        names = _listed([f"“{row['name']}”" for row in alone])
+        told = f"Of {len(mixes)} mixes, {names} {'keep' if len(alone) > 1 else 'keeps'} one "
+        told += f"checkpoint alone, so nothing is mixed; of the others, “{mix['name']}” has the "
+        told += "lowest selection loss and was chosen by that alone, not by its successes."
+    best = min(_of(soup, "input"), key=lambda row: row["loss"]["selection"])
+    if best["loss"]["selection"] <= mix["loss"]["selection"]:
+        told += (
+            f" By selection loss it is not better than “{best['name']}” by itself: "
+            f"{mix['loss']['selection']:.3f} against {best['loss']['selection']:.3f}."
+        )
+    return told
+
+
+def _mixing(mixes: Sequence[Mapping]) -> list[Mapping]:
+    """Those that give more than one input a share."""
+    return [row for row in mixes if max(row["coefficients"] or [0]) < 0.999]
 
 
 def _against_single(mix: Mapping, single: Mapping) -> str:
@@ -46,29 +78,32 @@ def _against_single(mix: Mapping, single: Mapping) -> str:
     test = f"McNemar's exact test on the same starts gives {rates.p_text(p)}"
     apart = rates.overlap(mix, single)
     if not gap:
-        return "So the mix does exactly as well: nothing is gained and nothing lost."
+        return f"So the mix is level with it: nothing is gained ({rates.p_text(p)})."
     if gap < 0:
         size = rates.points(gap)
         return f"So the mix is {size} worse, and mixing did not help here: {apart}, and {test}."
     told = f"So the mix is {rates.points(gap)} better: {apart}"
+    if p >= _CHANCE:
+        return f"{told}, and {test}, so this may be chance."
     if "separate" in apart:
         return f"{told}, and {test}."
-    if p < 0.05:
-        return f"{told}, yet {test}, which chance alone seldom does."
-    return f"{told}, and {test}, so this may be chance."
+    return f"{told}, yet {test}, which chance alone seldom does."
 
 
-def _against_control(mix: Mapping, control: Mapping) -> str:
+def _against_control(mix: Mapping, controls: Sequence[Mapping]) -> str:
+    control = _best(controls)
     gap = rates.percent(control) - rates.percent(mix)
-    name, rate = f"“{control['name']}”", rates.rate(control)
-    p = rates.p_text(intervals.mcnemar(control["outcomes"], mix["outcomes"]))
-    told = f"{rates.overlap(control, mix)}, {p}"
-    size = rates.points(gap)
-    if gap > 0:
-        return f"A control without mixing does better: {name}, {rate}, {size} more ({told})."
-    if gap == 0:
-        return f"A control without mixing does exactly as well: {name}, {rate}."
-    return f"No control does as well: the best, {name}, has {rate}, {size} less ({told})."
+    p = intervals.mcnemar(control["outcomes"], mix["outcomes"])
+    of = f", the best of {len(controls)} on these episodes" if len(controls) > 1 else ""
+    who = f"“{control['name']}”{of}, has {rates.rate(control)}"
+    size = f"{rates.points(gap)} {'more' if gap > 0 else 'less'}"
+    told = (
+        f"{who}, {size if gap else 'as many'} ({rates.overlap(control, mix)}, {rates.p_text(p)})."
+    )
+    if p >= _CHANCE:
+        return f"A control without mixing cannot be told from it: {told}"
+    verdict = "A control without mixing does better" if gap > 0 else "No control does as well"
+    return f"{verdict}: {told}"
 
 
 def _soup_by_score(mix: Mapping, single: Mapping, controls: Sequence[Mapping]) -> str:
@@ -102,7 +137,8 @@ def retain_sentence(retain: Mapping[str, Any]) -> str:
     ratio = f"{merged['merge_ratio']:g}"
     if merged["merge_ratio"] != _RATIO:
         fixed = f"the nearest to the default {_RATIO:g}, not picked on these results"
-    if not any(row["results"][suite]["successes"] for row in rows for suite in suites):
+    compared = [row["results"][suite] for row in (base, tuned, merged) for suite in suites]
+    if not any(counts["successes"] for counts in compared):
         return _retain_by_score(base, tuned, merged, suites)
     moved = [
         f"from {rates.short(rates.percent(base['results'][suite]))} to "
@@ -131,8 +167,9 @@ def _recovery(base: Mapping, tuned: Mapping, merged: Mapping, suite: str) -> str
         return f"Fine-tuning forgot nothing {where}, so there is nothing to recover."
     size = rates.points(forgotten)
     doubt = ""
-    if "overlap" in rates.overlap(base["results"][suite], tuned["results"][suite]):
-        doubt = " Base and fine-tune overlap there, so the loss itself may be chance."
+    p = _p(base, tuned, suite)
+    if p >= _CHANCE:
+        doubt = f" That loss itself may be chance ({rates.p_text(p)})."
     if recovered <= 0:
         return f"Of the {size} that fine-tuning forgot {where} the merge recovers none.{doubt}"
     if recovered >= forgotten:
@@ -144,36 +181,48 @@ def _recovery(base: Mapping, tuned: Mapping, merged: Mapping, suite: str) -> str
 
 
 def _retain_controls(controls: Sequence[Mapping], merged: Mapping, suites: Sequence[str]) -> str:
-    def gaps(row):
-        return [
-            rates.percent(row["results"][suite]) - rates.percent(merged["results"][suite])
-            for suite in suites
-        ]
+    """Each control against the merge: where it is better, where worse, as far as chance allows."""
+    told, enough = [], []
+    for control in controls:
+        found = {"better": [], "worse": []}
+        for suite in suites:
+            ours, theirs = control["results"][suite], merged["results"][suite]
+            if (p := _p(control, merged, suite)) < _CHANCE:
+                word = "better" if ours["successes"] > theirs["successes"] else "worse"
+                gap = f"{_figure(ours)} against {_figure(theirs)} %, {rates.p_text(p)}"
+                found[word].append(f"{_where(suite)} ({gap})")
+        parts = [f"{word} {_listed(where)}" for word, where in found.items() if where]
+        told.append(
+            f"“{control['name']}” {'is ' + ' and '.join(parts) if parts else 'differs nowhere'}"
+        )
+        if not found["worse"]:
+            enough.append(f"“{control['name']}”")
+    end = "Every plain control is worse than the merge somewhere."
+    if enough:
+        verb = "do" if len(enough) > 1 else "does"
+        end = f"So {_listed(enough)} {verb} as well without merging, as far as these episodes tell."
+    return f"Plain controls against the merge, beyond chance: {'; '.join(told)}. {end}"
 
-    control = max(controls, key=lambda row: (min(gaps(row)), sum(gaps(row))))
-    told = f"{_against(control, merged, suites)}"
-    name = f"“{control['name']}”"
-    if min(gaps(control)) >= 0:
-        return f"A plain control does at least as well on all three: {name} is {told}."
-    text = f"No plain control does as well on all three; {name} comes closest: it is {told}."
-    short = [suite for suite, gap in zip(suites, gaps(control), strict=True) if gap < 0]
-    if all("overlap" in rates.overlap(control["results"][s], merged["results"][s])
-           for s in short):  # fmt: skip
-        text += " Where it falls short, these episodes cannot tell the two apart."
-    return text
+
+def _figure(counts: Mapping) -> str:
+    return rates.short(rates.percent(counts))
+
+
+def _p(a: Mapping, b: Mapping, suite: str) -> float:
+    return intervals.mcnemar(a["results"][suite]["outcomes"], b["results"][suite]["outcomes"])
 
 
 def _against(ours: Mapping, theirs: Mapping, suites: Sequence[str]) -> str:
-    """3 points higher in distribution (the intervals overlap), level … and 2 points lower …"""
+    """3 points higher in distribution (the intervals overlap, p = 0.2), level … and 2 points …"""
     told = []
     for suite in suites:
         a, b = ours["results"][suite], theirs["results"][suite]
-        gap = rates.percent(a) - rates.percent(b)
+        gap, p = rates.percent(a) - rates.percent(b), rates.p_text(_p(ours, theirs, suite))
         if gap:
             word = f"{rates.points(gap)} {'higher' if gap > 0 else 'lower'}"
-            told.append(f"{word} {_where(suite)} ({rates.overlap(a, b)})")
+            told.append(f"{word} {_where(suite)} ({rates.overlap(a, b)}, {p})")
         else:
-            told.append(f"level {_where(suite)}")
+            told.append(f"level {_where(suite)} ({p})")
     return _listed(told)
 
 

@@ -1,9 +1,8 @@
 """Demonstrations of a simulator's experts, as a LeRobot dataset."""
 
 import contextlib
-import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from policymix import files, metrics, processes
 from policymix.data import writer
@@ -58,10 +57,11 @@ def collect(
     if dry_run:
         print("dry run: nothing was written")
         return
-    own = (
-        contextlib.nullcontext(pool) if pool else workers.Pool(num_workers or processes.num_cores())
-    )
-    first = next(iter(made.values()))
+    wanted = num_episodes * len(tasks)
+    own = contextlib.nullcontext(pool)
+    if pool is None:
+        own = workers.Pool(num_workers or min(processes.num_cores(), wanted))
+    first, frames = next(iter(made.values())), 0
     with (
         own as pool,
         writer.Writer(
@@ -71,53 +71,42 @@ def collect(
             robot_type=tasks[0].simulator,
             overwrite=overwrite,
         ) as dataset,
+        metrics.Progress("demonstrations", wanted) as shown,
     ):
-        found = _successes(pool, tasks, num_episodes, seed, max_steps, noise)
         for task in tasks:
-            for episode in found[task]:
+            for episode in _successes(pool, task, num_episodes, seed, max_steps, noise):
                 dataset.add_episode(episode, made[task].prompt)
+                frames += len(episode["action"])
+                shown.step()
         told = {"env": env, "num_episodes": num_episodes, "seed": seed}
         told |= {"max_steps": max_steps, "noise": noise}
         told["versions"] = envs.versions(tasks[0].simulator)
         files.write_json(dataset.folder / SOURCE, told)
-    frames = sum(len(episode["action"]) for task in tasks for episode in found[task])
-    print(f"{num_episodes * len(tasks)} episodes, {frames} frames written to {output}")
+    print(f"{wanted} episodes, {frames} frames written to {output}")
 
 
 def _successes(
     pool: workers.Pool,
-    tasks: Sequence[envs.Task],
+    task: envs.Task,
     num_episodes: int,
     seed: int,
     max_steps: int,
     noise: float,
-) -> dict[envs.Task, list[experts.Episode]]:
+) -> Iterator[experts.Episode]:
     """Rounds of attempts, each of as many as are still lacking, so that few are made in vain."""
-    found: dict[envs.Task, list[experts.Episode]] = {task: [] for task in tasks}
-    seeds = {task: itertools.count(seed) for task in tasks}
-    tried = dict.fromkeys(tasks, 0)
-    with metrics.Progress("demonstrations", num_episodes * len(tasks)) as shown:
-        while jobs := list(_lacking(found, seeds, num_episodes)):
-            for task, _ in jobs:
-                tried[task] += 1
-            episodes = pool.map_demonstrations(jobs, max_steps, noise)
-            for (task, _), episode in zip(jobs, episodes, strict=True):
-                if episode is not None:
-                    found[task].append(episode)
-                    shown.step()
-            for task, attempts in tried.items():
-                if attempts >= _MOST_ATTEMPTS * num_episodes and len(found[task]) < num_episodes:
-                    raise ValueError(
-                        f"the expert of {task} succeeded in {len(found[task])} of {attempts} "
-                        f"episodes of at most {max_steps} steps: allow more steps, or less noise"
-                    )
-    return found
-
-
-def _lacking(found, seeds, num_episodes: int) -> Iterator[tuple[envs.Task, int]]:
-    for task, episodes in found.items():
-        for _ in range(num_episodes - len(episodes)):
-            yield task, next(seeds[task])
+    found, last = 0, seed
+    while found < num_episodes:
+        seeds = range(last, last + num_episodes - found)
+        last = seeds.stop
+        for episode in pool.map_demonstrations([(task, s) for s in seeds], max_steps, noise):
+            if episode is not None:
+                found += 1
+                yield episode
+        if last - seed >= _MOST_ATTEMPTS * num_episodes and found < num_episodes:
+            raise ValueError(
+                f"the expert of {task} succeeded in {found} of {last - seed} episodes of at most "
+                f"{max_steps} steps: allow more steps, or less noise"
+            )
 
 
 def _is_collected(path: pathlib.Path) -> bool:

@@ -111,7 +111,7 @@ def _devices() -> Finding:
 
 
 def _simulator(name: str) -> Finding:
-    """Plays one step, since a simulator may be installed and yet lack a library of the system."""
+    """Starts an episode: a simulator may be installed and yet lack a library of the system."""
     what = f"simulator {name}"
     versions = envs.versions(name)
     shown = ", ".join(f"{package} {version}" for package, version in versions.items())

@@ -93,7 +93,7 @@ def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, 
     """{camera of the model: picture feature}. ValueError for one that has none."""
     if data.mask_cameras:
         return {}
-    named = dict(data.cameras)
+    named = {camera: feature for camera, feature in data.cameras.items() if feature}
     if unknown := sorted(set(named) - set(model.image_keys)):
         near = difflib.get_close_matches(unknown[0], model.image_keys, n=1)
         raise ValueError(

@@ -85,7 +85,7 @@ def evaluate(
     told = []
     own = contextlib.nullcontext(pool)
     if pool is None:
-        own = workers.Pool(e.num_workers or processes.num_cores())
+        own = workers.Pool(e.num_workers or min(processes.num_cores(), len(episodes)))
     with own as pool:
         for name, policy in zip(names, candidates, strict=True):
             begun = time.monotonic()
@@ -128,6 +128,8 @@ def _check(config: ml_collections.ConfigDict, request: Request, model) -> None:
     ):  # fmt: skip
         if e[name] < least:
             raise ValueError(f"config.evaluate.{name} is {e[name]}; at least {least} is needed")
+    if e.seed + e.num_episodes > 2**32:
+        raise ValueError(f"config.evaluate.seed is {e.seed}; seeds end at {2**32 - 1}")
     if e.replan_steps > model.action_horizon:
         raise ValueError(
             f"config.evaluate.replan_steps is {e.replan_steps}, but a chunk has "

@@ -16,14 +16,16 @@ from typing import Any
 
 import jax
 
-from policymix import metrics, processes
+from policymix import app, metrics, processes
 
 Job = tuple[str, Callable[[], Any]]
 
 
 def count(num_jobs: int) -> int:
-    """How many lanes are worth having: a core each; one where an accelerator does the work."""
-    if jax.default_backend() != "cpu":
+    """How many lanes are worth having: a core each; one where an accelerator does the work, or
+    where the system deals out no cores.
+    """
+    if jax.default_backend() != "cpu" or not processes.shared_cores(1)[0]:
         return 1
     return max(1, min(num_jobs, processes.num_cores()))
 
@@ -79,11 +81,12 @@ class _Lane:
             fine, answer = self.connection.recv()
         except (EOFError, OSError):
             raise OSError(
-                f"the process of {self.name} {processes.end(self.process)}; the same command goes "
-                "on from its last checkpoint"
+                f"the process of {self.name} {processes.end(self.process)}; the same command "
+                "starts it again, and with fewer cores (taskset -c 0) needs less memory"
             ) from None
         if not fine:
-            raise processes.unpacked(*answer)
+            kind, message, trace = answer
+            raise processes.unpacked(kind, f"{self.name}: {message}", trace)
         return answer
 
 
@@ -92,6 +95,7 @@ def serve(connection: connections.Connection) -> None:
     cores = connection.recv()
     if cores:  # before JAX counts them
         os.sched_setaffinity(0, cores)
+    app.quiet()
     while True:
         try:
             job = connection.recv()
@@ -102,10 +106,14 @@ def serve(connection: connections.Connection) -> None:
 
 def _work(connection: connections.Connection, name: str, function: Callable[[], Any]) -> None:
     try:
-        with contextlib.redirect_stdout(_Named(name, sys.stdout)), metrics.costing() as cost:
+        with (
+            contextlib.redirect_stdout(_Named(name, sys.stdout)),
+            contextlib.redirect_stderr(_Named(name, sys.stderr)),
+            metrics.costing() as cost,
+        ):
             function()
         answer = True, cost
-    except Exception as error:
+    except BaseException as error:  # also an exit: someone waits for the answer
         answer = False, processes.packed(error)
     connection.send(answer)
 

@@ -37,6 +37,11 @@ def write(
     files.check_output(path, overwrite=overwrite, ours=_is_norm_stats)
     model = policies.model_config(config, why="the length of action chunks")
     config = config.copy_and_resolve_references()
+    if config.data.held_out == 1:
+        raise ValueError(
+            "config.data.held_out is 1, which leaves no training episodes to take statistics from: "
+            "lower it"
+        )
     config.data.norm_stats = config.train.init_from = ""
     config.data.mask_cameras = True  # statistics need no pictures
     pipeline = pipeline_lib.Pipeline(config, model)

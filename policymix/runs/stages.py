@@ -3,14 +3,13 @@
 import dataclasses
 import itertools
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from policymix import files, metrics
 from policymix.runs import lanes
 
-_FOLDER = "stages"
+_FOLDER, _MARK = "stages", "stages/.job"  # the mark is what makes a directory such a job's
 
 
 class Stage(NamedTuple):
@@ -43,15 +42,15 @@ class Stages:
         """`fresh` removes the directory first, if it is that of such a job."""
         self.directory, self.told = files.local(directory), []
         self._records = self.directory / _FOLDER
-        if self.directory.exists() and any(self.directory.iterdir()):
-            if not self._records.is_dir():
+        if self.directory.exists() and any(p.is_file() for p in self.directory.rglob("*")):
+            if not (self.directory / _MARK).is_file():
                 raise FileExistsError(
                     f"{self.directory} exists and holds something else; choose another --output"
                 )
             if fresh:
-                shutil.rmtree(self.directory)
+                files.remove(self.directory)
         files.check_output(self.directory, overwrite=True)
-        self._records.mkdir(parents=True, exist_ok=True)
+        files.write_whole(self.directory / _MARK, b"")
 
     def run(self, plan: Sequence[Stage]) -> None:
         """Runs the stages that are not recorded as done with the same settings."""
@@ -59,15 +58,16 @@ class Stages:
         self._places = {
             stage.name: f"[{k}/{len(plan)}] {stage.name}" for k, stage in enumerate(plan, 1)
         }
-        for apart, group in itertools.groupby(plan, lambda stage: stage.apart):
-            todo = []
+        for apart, neighbours in itertools.groupby(plan, lambda stage: stage.apart):
+            group, todo = list(neighbours), []
             for stage in group:
                 if cost := self._done(stage):
                     told[stage.name] = {**cost, "reused": True}
                     print(f"{self._places[stage.name]}: reused", flush=True)
                 else:
                     todo.append(stage)
-            num_lanes = lanes.count(len(todo)) if apart else 1
+            # By the whole group: also the last one of a resumed job runs on as many cores.
+            num_lanes = lanes.count(len(group)) if apart else 1
             run = self._beside_each_other if num_lanes > 1 else self._in_turn
             for stage, cost in run(todo, num_lanes):
                 cost = dataclasses.asdict(cost)
@@ -86,6 +86,8 @@ class Stages:
             yield stage, cost
 
     def _beside_each_other(self, todo: Sequence[Stage], num_lanes: int):
+        if not todo:
+            return
         by_name = {stage.name: stage for stage in todo}
         names = ", ".join(self._places[name] for name in by_name)
         print(f"\n{num_lanes} side by side: {names}", flush=True)

@@ -5,7 +5,6 @@ step.
 import functools
 import math
 import pathlib
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +68,7 @@ def train(
     files.check_space(workdir, _nbytes(like))
     memory.keep_freed()
     if overwrite and workdir.exists():
-        shutil.rmtree(workdir)
+        files.remove(workdir)
     files.write_json(workdir / "config.json", _recorded(config))
     saved = series.Series(
         workdir, max_to_keep=config.train.max_to_keep, keep_period=config.train.keep_period or None
@@ -261,7 +260,7 @@ def _check_workdir(
     if not workdir.exists():
         files.check_output(workdir, overwrite=False)
         return
-    if not any(workdir.iterdir()):
+    if files.is_empty(workdir):
         return
     if not _is_run(workdir):
         raise FileExistsError(

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import pathlib
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from policymix import processes
+from policymix import memory, processes
 from policymix.sim import envs, experts
 from policymix.sim.worker import Outcome
 
@@ -134,7 +133,7 @@ class Pool:
             self._demonstrating = False
 
     def peak_memory_bytes(self) -> int:
-        """The most memory that one of the processes ever held; 0 where Linux's /proc is missing."""
+        """The most memory one of those that live has held; 0 where Linux's /proc is missing."""
         return max(process.peak_memory_bytes() for process in self._processes)
 
     def _home(self, number: int) -> int:
@@ -260,6 +259,7 @@ class Pool:
         while True:
             end = process.end()
             if process.deaths >= MAX_DEATHS:
+                self.close()
                 raise OSError(
                     f"a simulator process {end}, {process.deaths} times in a row over "
                     f"{again or 'nothing'}; fewer processes need less memory, and what it wrote on "
@@ -332,13 +332,7 @@ class _Process:
         return processes.end(self._process)
 
     def peak_memory_bytes(self) -> int:
-        # Not getrusage: on Linux a process inherits the peak of the one that started it.
-        with contextlib.suppress(OSError, AttributeError):
-            status = pathlib.Path(f"/proc/{self._process.pid}/status").read_text()
-            for line in status.splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return 0
+        return memory.peak_bytes(self.pid)
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -10,24 +10,24 @@ from policymix.reports import quickstart, verdicts
 SUITES = ["in distribution", "out of distribution", "pretraining tasks"]
 
 
-def counts(successes, n, score=None):
-    """The first starts are solved, the others not."""
+def counts(successes, n, score=None, first=0):
+    """Solved are starts in a row from number `first` on, counted in a circle."""
     return {
         "episodes": n,
         "successes": successes,
         "interval": list(intervals.wilson(successes, n)),
         "mean_score": successes / n if score is None else score,
-        "outcomes": [int(k < successes) for k in range(n)],
+        "outcomes": [int((k - first) % n < successes) for k in range(n)],
     }
 
 
-def row(name, kind, successes, selection=1.0, score=None):
+def row(name, kind, successes, selection=1.0, score=None, first=0):
     return {
         "name": name,
         "kind": kind,
         "coefficients": [0.5, 0.3, 0.2] if kind == "mix" else None,
         "loss": {"selection": selection, "held_out": 0.9},
-        **counts(successes, 100, score),
+        **counts(successes, 100, score, first),
     }
 
 
@@ -51,8 +51,8 @@ def soup_of(mix, control=None, single=80):
     """The mix with the lower selection loss, not the one with more successes, is the chosen one."""
     rows = [
         row("base", "base", 1),
-        row("split 0", "input", single, 0.2),
-        row("split 1", "input", single - 20, 0.1),
+        row("split 0", "input", single, 0.5),
+        row("split 1", "input", single - 20, 0.4),
         row("greedy", "mix", 99, 0.33),
         row("average", "mix", mix, 0.32),
     ]
@@ -96,7 +96,7 @@ def test_a_mix_that_is_better_beyond_doubt():
                 "the same starts gives p = 1, so this may be chance."
             ),
         ),
-        (80, "So the mix does exactly as well: nothing is gained and nothing lost."),
+        (80, "So the mix is level with it: nothing is gained (p = 1)."),
         (
             76,
             (
@@ -121,18 +121,38 @@ def test_a_mix_against_the_best_single_checkpoint(mix, ending):
     ("control", "ending"),
     [
         (
-            92,
+            98,
             (
-                "A control without mixing does better: “all data”, 92 % [85, 96], 2 points more "
-                "(the intervals overlap, p = 0.5)."
+                "A control without mixing does better: “all data”, the best of 2 on these "
+                "episodes, has 98 % [93, 99], 8 points more (the intervals overlap, p = 0.0078)."
             ),
         ),
-        (90, "A control without mixing does exactly as well: “all data”, 90 % [83, 94]."),
+        (
+            92,
+            (
+                "A control without mixing cannot be told from it: “all data”, the best of 2 on "
+                "these episodes, has 92 % [85, 96], 2 points more (the intervals overlap, p = 0.5)."
+            ),
+        ),
+        (
+            90,
+            (
+                "“all data”, the best of 2 on these episodes, has 90 % [83, 94], as many (the "
+                "intervals overlap, p = 1)."
+            ),
+        ),
+        (
+            89,
+            (
+                "A control without mixing cannot be told from it: “all data”, the best of 2 on "
+                "these episodes, has 89 % [81, 94], 1 point less (the intervals overlap, p = 1)."
+            ),
+        ),
         (
             50,
             (
-                "No control does as well: the best, “all data”, has 50 % [40, 60], 40 points less "
-                "(the intervals are separate, p < 0.001)."
+                "No control does as well: “all data”, the best of 2 on these episodes, has 50 % "
+                "[40, 60], 40 points less (the intervals are separate, p < 0.001)."
             ),
         ),
     ],
@@ -141,11 +161,42 @@ def test_a_mix_against_the_best_control(control, ending):
     assert verdicts.soup_sentence(soup_of(90, control)).endswith(ending)
 
 
+def test_a_search_that_keeps_one_checkpoint_has_not_mixed():
+    rows = soup_of(70)["rows"]
+    rows[2]["loss"]["selection"] = 0.1
+    rows[3]["coefficients"], rows[3]["loss"]["selection"] = [1.0, 0.0, 0.0], 0.1
+    told = verdicts.soup_sentence(soup(*rows))
+    assert told.startswith(
+        "Of 2 mixes, “greedy” keeps one checkpoint alone, so nothing is mixed; of the others, "
+        "“average” has the lowest selection loss and was chosen by that alone, not by its "
+        "successes. By selection loss it is not better than “split 1” by itself: 0.320 against "
+        "0.100. It succeeds in 70 of 100"
+    )
+    rows[4]["coefficients"] = [0.0, 1.0, 0.0]
+    told = verdicts.soup_sentence(soup(*rows))
+    assert told.startswith("Each of the 2 mixes keeps one checkpoint alone: nothing was mixed. It")
+
+
+def test_wins_on_different_starts_count_on_both_sides():
+    """95 and 80 successes, but a start that the one fails and the other solves counts too."""
+    rows = soup_of(95)["rows"]
+    rows[4] = row("average", "mix", 95, 0.05, first=40)
+    wins, losses = 20, 5  # of the mix where split 0 fails, and the other way round
+    p = intervals.mcnemar([1] * wins + [0] * losses, [0] * wins + [1] * losses)
+    assert f"gives p = {p:.2g}" in verdicts.soup_sentence(soup(*rows))
+
+
+def test_a_success_of_the_base_alone_says_nothing_of_mixing():
+    rows = [row("base", "base", 1), row("split 0", "input", 0, 0.5, 0.1)]
+    rows.append(row("average", "mix", 0, 0.2, score=0.3))
+    assert "above the best single checkpoint" in verdicts.soup_sentence(soup(*rows))
+
+
 def test_a_soup_in_which_nothing_succeeds_is_told_by_its_scores():
     told = verdicts.soup_sentence(
         soup(
-            row("split 0", "input", 0, 0.2, score=0.2),
-            row("split 1", "input", 0, 0.2, score=0.3),
+            row("split 0", "input", 0, 0.3, score=0.2),
+            row("split 1", "input", 0, 0.3, score=0.3),
             row("average", "mix", 0, 0.2, score=0.4),
             row("all data", "control", 0, 0.2, score=0.4),
         )
@@ -194,8 +245,8 @@ def test_a_merge_that_recovers_most_of_what_was_forgotten():
         "results, it has 97 % [92, 99] in distribution, 58 % [48, 67] out of distribution and "
         "90 % [83, 94] on the pretraining tasks. The merge recovers 68 of the 75 points that "
         "fine-tuning forgot on the pretraining tasks (91 %). Against the fine-tune it is 3 points "
-        "lower in distribution (the intervals overlap) and 1 point higher out of distribution (the "
-        "intervals overlap)."
+        "lower in distribution (the intervals overlap, p = 0.25) and 1 point higher out of "
+        "distribution (the intervals overlap, p = 1)."
     )
 
 
@@ -205,7 +256,7 @@ def test_a_merge_that_recovers_most_of_what_was_forgotten():
         (22, 97, "The merge recovers all of the 75 points that fine-tuning forgot on the"),
         (22, 20, "Of the 75 points that fine-tuning forgot on the pretraining tasks the merge"),
         (97, 97, "Fine-tuning forgot nothing on the pretraining tasks, so there is nothing"),
-        (95, 96, "Base and fine-tune overlap there, so the loss itself may be chance."),
+        (95, 96, "That loss itself may be chance (p = 0.5)."),
     ],
 )
 def test_what_a_merge_recovers(tuned, merged, part):
@@ -217,29 +268,27 @@ def test_what_a_merge_recovers(tuned, merged, part):
     ("controls", "ending"),
     [
         (
-            [(0, 0, 99), (97, 58, 98)],
+            [(97, 58, 98)],
             (
-                "A plain control does at least as well on all three: “control 1” is level in "
-                "distribution, level out of distribution and 8 points higher on the pretraining "
-                "tasks (the intervals overlap)."
+                "Plain controls against the merge, beyond chance: “control 0” is better on the "
+                "pretraining tasks (98 against 90 %, p = 0.0078). So “control 0” does as well "
+                "without merging, as far as these episodes tell."
             ),
         ),
         (
-            [(100, 57, 99)],
+            [(100, 20, 98), (97, 58, 88), (96, 57, 91)],
             (
-                "No plain control does as well on all three; “control 0” comes closest: it is 3 "
-                "points higher in distribution (the intervals overlap), 1 point lower out of "
-                "distribution (the intervals overlap) and 9 points higher on the pretraining "
-                "tasks (the intervals are separate). Where it falls short, these episodes cannot "
-                "tell the two apart."
+                "“control 0” is better on the pretraining tasks (98 against 90 %, p = 0.0078) and "
+                "worse out of distribution (20 against 58 %, p < 0.001); “control 1” differs "
+                "nowhere; “control 2” differs nowhere. So “control 1” and “control 2” do as well "
+                "without merging, as far as these episodes tell."
             ),
         ),
         (
             [(100, 20, 98)],
             (
-                "it is 3 points higher in distribution (the intervals overlap), 38 points lower "
-                "out of distribution (the intervals are separate) and 8 points higher on the "
-                "pretraining tasks (the intervals overlap)."
+                "and worse out of distribution (20 against 58 %, p < 0.001). Every plain control "
+                "is worse than the merge somewhere."
             ),
         ),
     ],
@@ -281,7 +330,7 @@ def report(soup, retain):
 def test_the_tables():
     text = quickstart.summary(report(soup_of(90, 92), retain_of(controls=[(1, 2, 3)])))
     lines = text.splitlines()
-    assert "* chosen by selection loss: average" in lines
+    assert "* mix chosen by selection loss: average" in lines
     chosen = next(line for line in lines if "average *" in line)
     assert chosen.split() == (
         ["average", "*", "0.500", "0.300", "0.200", "0.3200", "0.9000", "90", "[83,", "94]", "100"]

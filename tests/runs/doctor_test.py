@@ -163,3 +163,14 @@ def test_only_what_is_broken_is_an_error(tmp_path):
     (line,) = result.stderr.splitlines()
     assert line == "error: broken: jax devices; the lines above say how to mend it"
     assert "simulator metaworld       ok" in result.stdout
+
+
+@pytest.mark.parametrize("package", ["absl", "numpy", "ml_collections"])
+def test_the_doctor_itself_says_what_to_do_where_hardly_anything_is_installed(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name={package!r})")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "experiments/doctor.py")],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == f"error: {package} is missing: make venv installs it, into .venv\n"

@@ -178,6 +178,7 @@ def refused(output, *checkpoints, config=None, **fields):
         ({"replan_steps": 9}, r"replan_steps is 9, but a chunk has 8 actions"),
         ({"replan_steps": 0}, "replan_steps is 0; at least 1"),
         ({"num_episodes": 0}, "num_episodes is 0; at least 1"),
+        ({"seed": 2**32 - 1}, "seed is 4294967295; seeds end at 4294967295"),
         ({"num_flow_steps": 0}, "num_flow_steps is 0; at least 1"),
         ({"seed": -1}, "seed is -1; at least 0"),
         ({"max_steps": 501}, "max_steps is 501; metaworld ends its episodes after 500"),

@@ -15,16 +15,26 @@ from policymix.runs import lanes
 from tests.runs.sim_support import ROOT
 
 
-def leave(path, text="", sleep=0.0):
-    """Leaves where and when it ran."""
-    begun = time.time()
-    print(text)
-    time.sleep(sleep)
+def leave(path, other=None):
+    """Leaves where it ran, and ends when another has left that too."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    path.write_text(f"{os.getpid()} {begun} {time.time()} {','.join(map(str, cores))}")
+    path.write_text(f"{os.getpid()} {','.join(map(str, cores))}")
+    if other:
+        wait_for(other)
 
 
-def fail():
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.02)
+
+
+def talk():
+    print("one\ntwo")
+    print("three", file=sys.stderr)
+
+
+def fail(other):
+    wait_for(other)
     raise ValueError("lower the learning rate")
 
 
@@ -40,30 +50,41 @@ def write_on(path):
 
 
 def test_jobs_overlap_on_cores_of_their_own(tmp_path):
-    names = ["a", "b", "c"]
-    jobs = [(name, functools.partial(leave, tmp_path / name, sleep=1.0)) for name in names]
+    a, b, c = (tmp_path / name for name in "abc")
+    jobs = [
+        ("a", functools.partial(leave, a, b)),
+        ("b", functools.partial(leave, b, a)),
+        ("c", functools.partial(leave, c)),
+    ]
     costs = dict(lanes.run(jobs, 2))
-    assert sorted(costs) == names
-    assert all(1 <= cost.seconds < 30 and cost.peak_memory_bytes > 10e6 for cost in costs.values())
-    told = {name: (tmp_path / name).read_text().split() for name in names}
-    assert len({words[0] for words in told.values()}) == 2
-    assert float(told["b"][1]) < float(told["a"][2])  # b began before a had ended
-    if processes.num_cores() > 1 and len(told["a"]) == 4:
-        assert not set(told["a"][3].split(",")) & set(told["b"][3].split(","))
+    assert sorted(costs) == ["a", "b", "c"]
+    assert all(cost.peak_memory_bytes > 10e6 for cost in costs.values())
+    told = [path.read_text().split(" ") for path in (a, b, c)]
+    assert len({pid for pid, _ in told}) == 2
+    if processes.num_cores() > 1 and told[0][1]:
+        assert not set(told[0][1].split(",")) & set(told[1][1].split(","))
 
 
-def test_what_a_job_prints_comes_behind_its_name(tmp_path, capfd):
-    dict(lanes.run([("mine", functools.partial(leave, tmp_path / "x", "one\ntwo"))], 1))
-    assert capfd.readouterr().out == "mine: one\nmine: two\n"
+def test_what_a_job_prints_comes_behind_its_name(capfd):
+    dict(lanes.run([("mine", talk)], 1))
+    out, err = capfd.readouterr()
+    assert out == "mine: one\nmine: two\n"
+    assert err == "mine: three\n"
 
 
 def test_an_error_is_raised_and_stops_the_others(tmp_path):
-    jobs = [("endless", functools.partial(write_on, tmp_path / "x")), ("bad", fail)]
-    with pytest.raises(ValueError, match="lower the learning rate"):
+    x = tmp_path / "x"
+    jobs = [("endless", functools.partial(write_on, x)), ("bad", functools.partial(fail, x))]
+    with pytest.raises(ValueError, match="bad: lower the learning rate"):
         dict(lanes.run(jobs, 2))
-    last = (tmp_path / "x").read_text() if (tmp_path / "x").exists() else ""
+    last = x.read_text()
     time.sleep(0.3)
-    assert last == ((tmp_path / "x").read_text() if (tmp_path / "x").exists() else "")
+    assert x.read_text() == last
+
+
+def test_a_job_that_exits_is_an_error_not_a_wait():
+    with pytest.raises(RuntimeError, match="SystemExit: mine: 3"):
+        dict(lanes.run([("mine", functools.partial(sys.exit, 3))], 1))
 
 
 def test_a_job_whose_process_dies_is_named():

@@ -89,3 +89,10 @@ def test_only_norm_stats_are_replaced(config, tmp_path):
     with pytest.raises(FileExistsError, match="not written by this command"):
         norm_stats.write(config, path, overwrite=True)
     assert path.read_text() == '{"homework": 1}'
+
+
+def test_statistics_of_no_episodes_are_refused(tmp_path):
+    config = pi0_state.get_config("debug")
+    config.data.held_out = 1.0
+    with pytest.raises(ValueError, match="held_out is 1, which leaves no training episodes"):
+        norm_stats.write(config, tmp_path / "out")

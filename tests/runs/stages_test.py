@@ -69,7 +69,7 @@ def test_a_stage_that_fails_is_not_recorded_and_runs_again(directory):
     job, broken = stages.Stages(directory), Work(RuntimeError("no"))
     with pytest.raises(RuntimeError, match="no"):
         job.run(plan(("first", SETTINGS, Work()), ("second", {}, broken)))
-    assert [p.name for p in (directory / "stages").iterdir()] == ["first.json"]
+    assert [p.name for p in (directory / "stages").glob("*.json")] == ["first.json"]
     mended = Work()
     stages.Stages(directory).run(plan(("second", {}, mended)))
     assert mended.calls == 1
@@ -95,11 +95,14 @@ def test_fresh_removes_its_own_directory_and_nothing_else(directory):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path, fresh):
-    (tmp_path / "thesis.tex").write_text("precious")
+@pytest.mark.parametrize("name", ["thesis.tex", "stages/hero.json"])
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path, fresh, name):
+    path = tmp_path / "project" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
     with pytest.raises(FileExistsError, match="holds something else; choose another --output"):
-        stages.Stages(tmp_path, fresh=fresh)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+        stages.Stages(tmp_path / "project", fresh=fresh)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
 def test_a_directory_that_is_empty_or_absent_will_do(tmp_path):

@@ -147,6 +147,23 @@ def test_a_process_that_dies_again_and_again_is_an_error(monkeypatch, capfd):
     assert len(capfd.readouterr().err.splitlines()) == 2
 
 
+def test_so_it_is_among_demonstrations_and_the_pool_is_closed(monkeypatch, capfd):
+    with workers.Pool(1) as pool:
+        start = workers._Process.start
+
+        def doomed(process):
+            start(process)
+            process._process.kill()
+
+        monkeypatch.setattr(workers._Process, "start", doomed)
+        _kill(pool)
+        with pytest.raises(OSError, match="3 times in a row over demonstrations 0, 1"):
+            list(pool.map_demonstrations([(REACH, 0), (REACH, 1)], 150))
+        with pytest.raises(ValueError, match="closed"):
+            pool.reset([(REACH, 0)])
+    assert len(capfd.readouterr().err.splitlines()) == 2
+
+
 def test_demonstrations_come_in_order_from_however_many_processes(pool):
     jobs = [(PUSH, 0), (REACH, 1), (REACH, 2), (PUSH, 3), (REACH, 4)]
     found = list(pool.map_demonstrations(jobs, 60))
