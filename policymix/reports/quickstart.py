@@ -11,7 +11,9 @@ from policymix.reports import pages, pictures, rates, tables, verdicts
 _MEASURED = (
     "Every policy of a table met the same starts with the same noise in its actions. Intervals are "
     "Wilson's, at 95 %; p-values are McNemar's, exact and two-sided. There is one training seed: "
-    "the intervals cover the roll-outs only, not what another training would give."
+    "the intervals cover the roll-outs only, not what another training would give. Seconds are "
+    "those of the attempt that completed a stage; peak memory is of one process, to which those "
+    "beside it (simulators, other trainings) come."
 )
 
 
@@ -205,6 +207,7 @@ def _measured(report: Mapping[str, Any]) -> list[str]:
         "simulator": simulator["name"],
         **{name: str(version) for name, version in simulator["versions"].items()},
         "training seed": str(report["training_seed"]),
+        "peak MB of a simulator": f"{simulator['peak_memory_bytes'] / 1e6:,.0f}",
         "seconds, all stages": f"{report['seconds']:.0f}",
         **{name: str(value) for name, value in machine.items()},
     }

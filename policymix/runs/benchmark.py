@@ -99,9 +99,12 @@ def _apart(function: Callable[..., None], *args) -> Callable[[], Measurement]:
         process = context.Process(target=_child, args=(sender, function, args))
         process.start()
         sender.close()
-        result = Measurement(*receiver.recv())
-        process.join()
-        return result
+        try:
+            return Measurement(*receiver.recv())
+        except EOFError:
+            raise OSError(f"the process of {function.__name__} died (out of memory?)") from None
+        finally:
+            process.join()
 
     return measure
 
@@ -191,10 +194,13 @@ def _row_training(config: ml_collections.ConfigDict) -> tuple[Measurement, ...]:
         optimizer = optimizers.adamw()
         state = training.init(pi0.init(model, jax.random.key(0)), optimizer, ema=False)
         loss_fn = functools.partial(pi0.loss, model)
-        step = jax.jit(functools.partial(training.update, loss_fn=loss_fn, optimizer=optimizer))
+        step = jax.jit(
+            functools.partial(training.update, loss_fn=loss_fn, optimizer=optimizer),
+            donate_argnums=0,
+        )
 
         def run():
-            after, key = state, jax.random.key(1)
+            after, key = jax.tree.map(jnp.copy, state), jax.random.key(1)
             for _ in range(_STEPS):
                 after, _ = step(after, batch, key, np.float32(1e-3))
             return after.params

@@ -9,7 +9,6 @@ and smaller learning rates.
 """
 
 import functools
-import importlib.metadata
 import os
 import pathlib
 import platform
@@ -30,7 +29,7 @@ from policymix.runs import (
     train,
 )
 from policymix.runs.stages import Stage
-from policymix.sim import envs, workers
+from policymix.sim import workers
 
 _SEEDS = {"pretraining": 0, "soup": 100_000, "validation": 200_000, "narrow": 300_000}
 _KINDS = ("base", "input", "mix", "control")
@@ -268,13 +267,14 @@ class Quickstart:
     # The report.
 
     def _report(self, told: list[dict[str, Any]]) -> dict[str, Any]:
-        simulator = envs.parse_all(self.q.soup_env)[0].simulator
+        played = files.read_json(self.output / "evaluations" / "soup" / evaluate.RESULT)
         return {
-            "simulator": {"name": simulator, "versions": envs.versions(simulator)},
+            "simulator": played["simulator"]
+            | {"peak_memory_bytes": played["peak_memory_bytes"]["environments"]},
             "machine": {
                 "cores": processes.num_cores(),
                 "python": platform.python_version(),
-                "jax": importlib.metadata.version("jax"),
+                "jax": played["jax"],
                 "platform": jax.default_backend(),
                 "cpu": os.uname().machine,
             },

@@ -308,7 +308,11 @@ def test_a_retain_in_which_nothing_succeeds_is_told_by_its_scores():
 def report(soup, retain):
     stages = [("demonstrations_soup", 3.0), ("train_base", 30.0), ("train_split_0", 9.5)]
     return {
-        "simulator": {"name": "metaworld", "versions": {"mujoco": "3.3.0"}},
+        "simulator": {
+            "name": "metaworld",
+            "versions": {"mujoco": "3.3.0"},
+            "peak_memory_bytes": 460_000_000,
+        },
         "machine": {"cores": 2, "python": "3.11.2", "jax": "0.10.2", "platform": "cpu"},
         "training_seed": 0,
         "soup": soup,

@@ -155,10 +155,11 @@ def test_a_second_run_does_nothing_again(whole):
 
 
 @pytest.mark.slow
-def test_killed_three_times_it_ends_as_if_nothing_had_been(whole, tmp_path):
+def test_killed_four_times_it_ends_as_if_nothing_had_been(whole, tmp_path):
     output = tmp_path / "killed"
     for moment in (
         "runs/base/config.json",  # in the first training
+        "runs/split_0/config.json",  # in those side by side
         "stages/mix_inverse_loss.json",  # in the search of coefficients
         "stages/evaluate_in_distribution.json",  # in roll-outs
     ):
