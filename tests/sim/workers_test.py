@@ -131,17 +131,22 @@ def test_a_process_killed_while_it_demonstrates_changes_nothing(pool, capfd):
     assert "demonstrations" in capfd.readouterr().err
 
 
+def _kill_for_good(pool, monkeypatch):
+    """Kills the pool's processes, and each that is to take their place."""
+    start = workers._Process.start
+
+    def doomed(process):
+        start(process)
+        process._process.kill()
+
+    monkeypatch.setattr(workers._Process, "start", doomed)
+    _kill(pool)
+
+
 def test_a_process_that_dies_again_and_again_is_an_error(monkeypatch, capfd):
     with workers.Pool(1) as pool:
         pool.reset([(REACH, 0)])
-        start = workers._Process.start
-
-        def doomed(process):
-            start(process)
-            process._process.kill()
-
-        monkeypatch.setattr(workers._Process, "start", doomed)
-        _kill(pool)
+        _kill_for_good(pool, monkeypatch)
         with pytest.raises(OSError, match=r"was killed by SIGKILL .*, 3 times in a row over epis"):
             pool.step({0: np.zeros((1, 4))})
     assert len(capfd.readouterr().err.splitlines()) == 2
@@ -149,14 +154,7 @@ def test_a_process_that_dies_again_and_again_is_an_error(monkeypatch, capfd):
 
 def test_so_it_is_among_demonstrations_and_the_pool_is_closed(monkeypatch, capfd):
     with workers.Pool(1) as pool:
-        start = workers._Process.start
-
-        def doomed(process):
-            start(process)
-            process._process.kill()
-
-        monkeypatch.setattr(workers._Process, "start", doomed)
-        _kill(pool)
+        _kill_for_good(pool, monkeypatch)
         with pytest.raises(OSError, match="3 times in a row over demonstrations 0, 1"):
             list(pool.map_demonstrations([(REACH, 0), (REACH, 1)], 150))
         with pytest.raises(ValueError, match="closed"):
