@@ -14,7 +14,7 @@ venv: $(STAMP)
 $(STAMP): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "policymix needs Python >= 3.11; say which: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,sim$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,sim,hub$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 # SIM=pusht runs it on pictures; FRESH=1 starts over; SMOKE=1 takes a minute or two and learns nothing.

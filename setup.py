@@ -45,12 +45,14 @@ setuptools.setup(
             "pymunk==6.11.1",
         ],
         "rlds": ["tensorflow-cpu>=2.20", "tensorflow-datasets>=4.9.9"],
-        "hub": ["gcsfs", "fsspec", "huggingface_hub>=1,<3"],
+        "hub": ["requests>=2.32", "google-auth>=2", "google-crc32c>=1.5", "huggingface_hub>=1,<3"],
         "notebooks": ["jupyterlab", "nbconvert", "ipykernel"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "safetensors>=0.5",  # the reference implementation, in tests alone
+            "jsonschema>=4.20",
             "ruff>=0.12",
             "pre-commit>=4",
         ],

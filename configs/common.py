@@ -71,6 +71,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "norm_stats": "equal",
                 "dtype": "",  # of the output; "": the inputs' (interpolate: the base's)
                 "seed": 0,  # of the noise in the validation loss
+                # Groups of parameters with coefficients of their own: vision, action_expert,
+                # language, projections, or "NAME=PATH REGEX"; the first match wins.
+                "groups": (),
+                # Where a search keeps its checkpoints: memory, disk, or auto: memory if they fit.
+                "search_in": "auto",
+                "fsdp_devices": 1,  # devices over which parameters are split in a search
             },
             "offline_rl": {},
             "evaluate": {

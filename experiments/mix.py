@@ -15,42 +15,58 @@ from policymix import app
 
 _CONFIG = app.define_config(__file__)
 _CHECKPOINTS = flags.DEFINE_list(
-    "checkpoints", [], "Step directories, params directories or outputs of a mix."
+    "checkpoints", [], "Checkpoints of any format, or patterns such as run/*; gs:// and hf:// too."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write.", required=True)
 _METHOD = flags.DEFINE_string(
     "method",
     "",
-    "average, manual, interpolate, inverse_loss, greedy, gradient_descent or "
-    "adaptive_gradient_descent; default config.mix.method.",
+    "average, manual, interpolate, inverse_loss, greedy, gradient_descent, "
+    "adaptive_gradient_descent, gauss_newton or bfgs; default config.mix.method.",
 )
-_COEFFICIENTS = flags.DEFINE_list(
-    "coefficients", [], "For manual: one number per checkpoint, normalised to sum 1."
+_COEFFICIENTS = flags.DEFINE_string(
+    "coefficients",
+    "",
+    "For manual: one number per checkpoint, normalised to sum 1; or NAME:1,2,3;NAME:4,5,6 for the "
+    "groups of config.mix.groups.",
 )
 _BASE = flags.DEFINE_string(
     "base", "", "For interpolate: the pretrained checkpoint; default config.train.init_from."
 )
-_MERGE_RATIO = flags.DEFINE_list(
-    "merge_ratio", [], "For interpolate: weight of the base, 0.5 by default; or several."
+_MERGE_RATIO = flags.DEFINE_string(
+    "merge_ratio",
+    "",
+    "For interpolate: weight of the base, 0.5 by default; several, as 0.25,0.5; or NAME:0.3;NAME:1 "
+    "for groups.",
 )
 _VALIDATION = flags.DEFINE_string(
     "validation", "", "Validation batches (.npz) to select and report losses on."
 )
+_FORMAT = flags.DEFINE_string(
+    "format", "", "Of the output: orbax, openpi, lerobot or lerobot_first; default the inputs'."
+)
+_FROM = flags.DEFINE_string("from", "", "A mix.json: makes that mix again.")
+_LANDSCAPE = flags.DEFINE_bool(
+    "landscape", False, "Plots the loss over all mixes of two or three checkpoints."
+)
 
 
 def main() -> None:
-    from policymix.runs import mix
+    from policymix.runs import mix, requests
 
     mix.mix(
         _CONFIG.value,
-        mix.Request(
+        requests.Request(
             checkpoints=tuple(_CHECKPOINTS.value),
             output=pathlib.Path(_OUTPUT.value),
             method=_METHOD.value,
-            coefficients=app.numbers("coefficients", _COEFFICIENTS.value),
+            coefficients=requests.parse_numbers("coefficients", _COEFFICIENTS.value),
             base=_BASE.value,
-            merge_ratios=app.numbers("merge_ratio", _MERGE_RATIO.value),
+            merge_ratios=requests.parse_numbers("merge_ratio", _MERGE_RATIO.value),
             validation=_VALIDATION.value,
+            format=_FORMAT.value,
+            repeat=_FROM.value,
+            landscape=_LANDSCAPE.value,
             overwrite=flags.FLAGS.overwrite,
             dry_run=flags.FLAGS.dry_run,
         ),

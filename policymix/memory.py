@@ -4,6 +4,7 @@ import ctypes
 import pathlib
 import resource
 import sys
+from collections.abc import Mapping
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 
@@ -48,3 +49,17 @@ def keep_freed() -> None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def free_bytes(device: Mapping[str, int] | None) -> int | None:
+    """Memory that is free: of a device by its statistics, else of this machine; None if unknown."""
+    if device and "bytes_limit" in device:
+        return device["bytes_limit"] - device.get("bytes_in_use", 0)
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import tqdm
 from policymix import files, memory
 
 _T = TypeVar("_T")
+_LARGE = 10**4  # totals beyond it are shown as fractions
 
 
 class Writer:
@@ -64,9 +66,9 @@ class Progress:
     def __init__(self, what: str, total: int, *, lines: int = 10):
         self._what, self._total, self._done = what, total, 0
         self._every = max(1, math.ceil(total / lines)) if lines else 0
-        self._bar = None
+        self._bar, self._lock = None, threading.Lock()
         if sys.stderr.isatty():
-            self._bar = tqdm.tqdm(desc=what, total=total, leave=False)
+            self._bar = tqdm.tqdm(desc=what, total=total, leave=False, unit_scale=total > _LARGE)
 
     def __enter__(self) -> "Progress":
         return self
@@ -75,13 +77,19 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self) -> None:
-        """One more is done."""
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif self._every and (self._done % self._every == 0 or self._done == self._total):
-            print(f"{self._what}: {self._done}/{self._total}", file=sys.stderr, flush=True)
+    def step(self, count: int = 1) -> None:
+        """So many more are done. Threads may call it."""
+        with self._lock:
+            before, self._done = self._done, self._done + count
+            if self._bar is not None:
+                self._bar.update(count)
+                return
+            full = self._done == self._total
+            if self._every and (before // self._every < self._done // self._every or full):
+                done = f"{self._done}/{self._total}"
+                if self._total > _LARGE:
+                    done = f"{self._done / self._total:.0%}"
+                print(f"{self._what}: {done}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from policymix import files
-from policymix.checkpoints import layout
+from policymix.checkpoints import layout, processors, safetensors
 from policymix.transforms.normalize import FIELDS, NormStats, Stats
 
 NORM_STATS = "norm_stats.json"
@@ -63,24 +63,30 @@ def write_norm_stats(path: pathlib.Path, stats: Stats) -> None:
 def find(checkpoint: str | os.PathLike, name: str) -> dict[str, pathlib.Path]:
     """Files called `name` beside a checkpoint, by asset id; "" where it lies beside the step.
 
-    Looks into `assets/<asset_id>/` of the step (ids may contain slashes), then into the step's
-    parent, which is kai0's place.
+    Looks into `assets/<asset_id>/` of the step (ids may contain slashes), then beside the
+    parameters, then into the step's parent, which is kai0's place.
     """
-    step = layout.find_step(checkpoint)
+    step = layout.directory_of(checkpoint)
     root = step / "assets"
     found = {str(p.parent.relative_to(root)): p for p in sorted(root.rglob(name))}
-    if not found and (step.parent / name).is_file():
-        found = {"": step.parent / name}
+    for beside in (step / name, step.parent / name):
+        if not found and beside.is_file():
+            found = {"": beside}
     return found
 
 
 def norm_stats_of(
     checkpoint: str | os.PathLike, asset_id: str | None = None
 ) -> tuple[str, Stats] | None:
-    """(asset id, norm stats), None if there are none; `asset_id` chooses among several."""
+    """(asset id, norm stats), None if there are none; `asset_id` chooses among several.
+
+    Those of OpenPI come first, then those that LeRobot keeps with its processors, or kept among
+    the model's tensors.
+    """
     found = find(checkpoint, NORM_STATS)
     if not found:
-        return None
+        stats = _lerobots(checkpoint)
+        return None if stats is None else (asset_id or "mixed", stats)
     if asset_id in found:
         return asset_id, read_norm_stats(found[asset_id])
     if len(found) > 1:
@@ -90,6 +96,19 @@ def norm_stats_of(
         )
     ((name, path),) = found.items()
     return name or asset_id or "mixed", read_norm_stats(path)
+
+
+def _lerobots(checkpoint: str | os.PathLike) -> Stats | None:
+    directory = layout.directory_of(checkpoint)
+    if stats := processors.read(directory):
+        return stats
+    try:
+        place = layout.find(checkpoint)
+    except (ValueError, OSError):
+        return None
+    if place.kind != "safetensors":
+        return None
+    return processors.read_buffers(safetensors.open_tensors(place.params)[0])
 
 
 def trainings_of(checkpoint: str | os.PathLike) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from policymix.checkpoints import assets, layout
+from policymix.checkpoints import assets, layout, safetensors
 
 _ENDS = 65_536  # bytes hashed at both ends of a file
 
@@ -21,10 +21,15 @@ def fingerprint(checkpoint: str) -> str:
     Cheap at any size, and different for any two checkpoints that were written apart; it does not
     prove that every byte in between is whole.
     """
-    item, digest = layout.find_params(checkpoint), hashlib.sha256()
-    for path in sorted(p for p in item.rglob("*") if p.is_file()):
+    place, digest = layout.find(checkpoint), hashlib.sha256()
+    if place.kind == "orbax":
+        paths = sorted(p for p in place.params.rglob("*") if p.is_file())
+    else:
+        paths = safetensors.files_of(place.params)
+    root = place.params if place.kind == "orbax" else place.directory
+    for path in paths:
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(item)} {size}\n".encode())
+        digest.update(f"{path.relative_to(root)} {size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(_ENDS))
             file.seek(max(size - _ENDS, 0))

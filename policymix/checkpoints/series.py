@@ -8,14 +8,19 @@ the raw parameters.
 import asyncio
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from policymix.checkpoints import assets, layout, store
+from policymix import trees
+from policymix.checkpoints import assets, items, layout
+from policymix.structs import Params
 from policymix.training.state import TrainState
 from policymix.transforms.normalize import Stats
+
+_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +104,13 @@ class Series:
         try:
             self._save(state, beside)
         except ValueError as error:
-            raise store.unwritten(pathlib.Path(self._manager.directory), error) from error
+            raise items.unwritten(pathlib.Path(self._manager.directory), error) from error
 
     def _save(self, state: TrainState, beside: Assets) -> None:
         saved = self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
-                params=store.save_args(state.policy_params),
+                params=save_args(state.policy_params),
                 train_state=ocp.args.PyTreeSave(_train_item(state)),
                 assets=_SaveAssets(beside),
             ),
@@ -122,7 +127,7 @@ class Series:
         Raises:
           ValueError: the checkpoint belongs to another model or optimizer, or is damaged.
         """
-        item, places = (store.to_item(state.policy_params) for state in (like, shardings))
+        item, places = (to_item(state.policy_params) for state in (like, shardings))
         try:
             restored = self._manager.restore(
                 self.latest,
@@ -137,7 +142,7 @@ class Series:
                 f"({str(error).splitlines()[0]}); it was saved by another model or optimizer, or "
                 "is damaged: pass --overwrite to start again"
             ) from error
-        params = store.from_item(restored.params)
+        params = from_item(restored.params)
         train = restored.train_state
         if like.ema_params is None:
             return TrainState(train["step"], params, train["opt_state"], None)
@@ -148,7 +153,7 @@ class Series:
         try:
             self._manager.wait_until_finished()
         except ValueError as error:
-            raise store.unwritten(pathlib.Path(self._manager.directory), error) from error
+            raise items.unwritten(pathlib.Path(self._manager.directory), error) from error
 
     def close(self) -> None:
         """Waits and lets go."""
@@ -171,3 +176,21 @@ def _restore_args(like: Any, shardings: Any) -> ocp.args.PyTreeRestore:
         shardings,
     )
     return ocp.args.PyTreeRestore(like, restore_args=restore_args)
+
+
+def to_item(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenPI's params item: {"params": tree}, every path with a trailing `value`."""
+    return {"params": jax.tree.map(lambda leaf: {"value": leaf}, dict(tree))}
+
+
+def from_item(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `to_item`."""
+    flat = trees.flatten(item["params"])
+    return trees.unflatten({path.removesuffix("/value"): leaf for path, leaf in flat.items()})
+
+
+def save_args(params: Params) -> ocp.args.PyTreeSave:
+    """How Orbax is to save a params item: in chunks that a reader can hold."""
+    item = to_item(params)
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
+    return ocp.args.PyTreeSave(item, save_args=chunked)

@@ -310,13 +310,27 @@ def loss(
     config: Pi0Config, params: Params, batch: structs.Batch, key: jax.Array
 ) -> tuple[jax.Array, structs.Metrics]:
     """Mean flow-matching loss of a batch; `key` gives the noise and times that OpenPI draws."""
+    noise, t = _noise_and_times(batch, key)
+    value = jnp.mean(flow_loss(config, params, batch.observation, batch.actions, noise=noise, t=t))
+    return value, {"loss": value}
+
+
+def residual(
+    config: Pi0Config, params: Params, batch: structs.Batch, key: jax.Array
+) -> Float[Array, "b h a"]:
+    """v(x_t, t) - (noise - actions), whose mean square is `loss` with the same key."""
+    noise, t = _noise_and_times(batch, key)
+    x_t, u_t = flow.path(batch.actions, noise, t)
+    return velocity(config, params, batch.observation, x_t, t) - u_t
+
+
+def _noise_and_times(batch: structs.Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The noise [b, h, a] and times [b] that OpenPI draws from a key in training."""
     _, noise_key, time_key = jax.random.split(
         key, 3
     )  # the first is OpenPI's key for picture augmentation
     noise = jax.random.normal(noise_key, batch.actions.shape)
-    t = flow.sample_time(time_key, batch.actions.shape[0])
-    value = jnp.mean(flow_loss(config, params, batch.observation, batch.actions, noise=noise, t=t))
-    return value, {"loss": value}
+    return noise, flow.sample_time(time_key, batch.actions.shape[0])
 
 
 @typechecked

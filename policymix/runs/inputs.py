@@ -4,6 +4,7 @@ they share.
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from policymix import trees
-from policymix.checkpoints import assets, store, streaming
-from policymix.structs import Params
+from policymix.checkpoints import assets, blocks, outputs, provenance, store, streaming
+from policymix.checkpoints.leaves import Leaf
 from policymix.transforms import normalize
 
 
@@ -23,25 +24,36 @@ class Inputs:
     """Checkpoints of one architecture, by their headers.
 
     Attributes:
-      names: n paths. Where there is a base it is the first of them.
-      headers: n trees of `store.Leaf`.
+      names: n paths as given. Where there is a base it is the first of them.
+      checkpoints: n opened checkpoints.
+      leaves: n dicts of leaves by path, as they are to be mixed: of equal paths and shapes.
+      output: the format that the mix takes.
       base: 0 where there is a base, else None.
       mixed: rows that take part in the mix; a base that only measures task vectors does not.
+      fingerprints: n.
     """
 
     names: tuple[str, ...]
-    headers: tuple[Mapping[str, Any], ...]
+    checkpoints: tuple[store.Checkpoint, ...]
+    leaves: tuple[Mapping[str, Leaf], ...]
+    output: outputs.Output
     base: int | None
     mixed: tuple[int, ...]
+    fingerprints: tuple[str, ...]
+    siglip_heads: int | None = None
+
+    def tree(self, row: int) -> dict[str, Any]:
+        """A checkpoint's leaves as a tree of our own, whatever its format."""
+        return trees.unflatten(self.checkpoints[row].tree(self.siglip_heads))
 
     def norm_stats(
-        self, rule: str, coefficients: np.ndarray, asset_id: str
+        self, rule: str, shares: np.ndarray, asset_id: str
     ) -> tuple[str, normalize.Stats] | None:
         """(asset id, the mix's normalisation); None where the inputs have none.
 
         Args:
           rule: "equal" (refuse if they differ), "pool", "average", or the path of the ones to use.
-          coefficients: [n].
+          shares: [n], the weight of each input's statistics.
           asset_id: which statistics to take where a checkpoint has several; "" takes those that the
             last input has, so that a base with many follows the fine-tune.
         """
@@ -69,96 +81,144 @@ class Inputs:
         if rule == "equal":
             return first_id, first
         merge = normalize.pool if rule == "pool" else normalize.average
-        stats = [assets.norm_stats_of(self.names[k], asset_id)[1] for k in self.mixed]
-        shares = np.asarray(coefficients)[list(self.mixed)]
-        return first_id, {key: merge([s[key] for s in stats], shares) for key in first}
+        stats = [found[self.names[k]][1] for k in self.mixed]
+        chosen = np.asarray(shares)[list(self.mixed)]
+        return first_id, {key: merge([s[key] for s in stats], chosen) for key in first}
 
     def _only_asset_id(self) -> str:
         """The one asset id of the last input; "" where it has none or several."""
         found = list(assets.find(self.names[-1], assets.NORM_STATS))
         return found[0] if len(found) == 1 else ""
 
-    def load(self, row: int) -> Params:
-        """A checkpoint on the device. ValueError if it holds NaN or infinity."""
-
-        def read(leaf):
-            array = leaf.read()
-            if not np.isfinite(array).all():
-                raise ValueError(
-                    f"{self.names[row]}: {leaf.path!r} holds NaN or infinity, so it cannot be mixed"
-                )
-            return jnp.asarray(array)
-
-        return jax.tree.map(read, dict(self.headers[row]))
+    def checked_tree(self, row: int) -> dict[str, Any]:
+        """`tree`, whose leaves refuse NaN and infinity when they are read. ValueError then."""
+        return jax.tree.map(lambda leaf: _Checked(leaf, self.names[row]), self.tree(row))
 
     def dtypes(self, chosen: str, *, of_base: bool) -> dict[str, np.dtype]:
         """The output's dtype by path: the one chosen, else the base's, else the widest of those
-        that are mixed.
+        that are mixed. What is not floating-point keeps its own.
         """
-        flats = [trees.flatten(self.headers[0])] if of_base else [
-            trees.flatten(self.headers[k]) for k in self.mixed
-        ]  # fmt: skip
         if chosen not in ("", "float32", "bfloat16", "float16", "float64"):
             raise ValueError(
                 f"config.mix.dtype is {chosen!r}; expected float32, bfloat16, float16 or float64, "
                 "or nothing for that of the inputs"
             )
+        flats = self.leaves[:1] if of_base else [self.leaves[k] for k in self.mixed]
+        found = {path: streaming.widest([flat[path] for flat in flats]) for path in flats[0]}
         if chosen:
-            return dict.fromkeys(flats[0], np.dtype(jnp.dtype(chosen)))
-        return {path: streaming.widest([flat[path] for flat in flats]) for path in flats[0]}
+            wanted = np.dtype(jnp.dtype(chosen))
+            found = {p: wanted if jnp.issubdtype(d, np.floating) else d for p, d in found.items()}
+        return found
+
+    def mean_coefficients(self, by_path: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[n]: over all parameters, how much of each input is in the mix."""
+        sizes = {path: leaf.size for path, leaf in self.leaves[0].items()}
+        total = sum(sizes.values())
+        return sum(np.asarray(by_path[path]) * (size / total) for path, size in sizes.items())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the largest input: what a mix of them can take."""
-        return max(sum(leaf.nbytes for leaf in jax.tree.leaves(h)) for h in self.headers)
+        return max(sum(leaf.nbytes for leaf in flat.values()) for flat in self.leaves)
 
     def summary(self) -> list[str]:
         """A line for each input."""
         lines = []
-        for k, (name, header) in enumerate(zip(self.names, self.headers, strict=True)):
-            leaves = jax.tree.leaves(header)
-            kinds = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-            size = sum(leaf.nbytes for leaf in leaves) / 1e6
+        for k, (one, flat) in enumerate(zip(self.checkpoints, self.leaves, strict=True)):
+            kinds = ", ".join(sorted({str(leaf.dtype) for leaf in flat.values()}))
+            size = sum(leaf.nbytes for leaf in flat.values()) / 1e6
             role = "base " if k == self.base else "input"
+            lora = f", {one.lora} low-rank updates merged (alpha = rank)" if one.lora else ""
             lines.append(
-                f"{role} {name}: {len(leaves)} arrays, "
-                f"{sum(math.prod(leaf.shape) for leaf in leaves):,} parameters, {kinds}, "
-                f"{size:,.1f} MB"
+                f"{role} {one.name}: {one.format}, {len(flat)} arrays, "
+                f"{sum(math.prod(leaf.shape) for leaf in flat.values()):,} parameters, {kinds}, "
+                f"{size:,.1f} MB{lora}"
             )
         return lines
 
 
+class _Checked(Leaf):
+    """A leaf that refuses what is not finite."""
+
+    def __init__(self, leaf: Leaf, name: str):
+        self.leaf, self.name = leaf, name
+        self.shape, self.dtype, self.path, self.where = (
+            leaf.shape, leaf.dtype, leaf.path, leaf.where,
+        )  # fmt: skip
+
+    def reader(self):
+        return self.leaf.reader()
+
+    def read(self) -> np.ndarray:
+        array = super().read()
+        if not blocks.finite(array.reshape(-1)):
+            raise ValueError(
+                f"{self.name}: {self.path!r} holds NaN or infinity, so it cannot be mixed"
+            )
+        return array
+
+
 def open_inputs(
-    checkpoints: Sequence[str], *, base: str = "", base_is_mixed: bool = False
+    checkpoints: Sequence[str],
+    *,
+    base: str = "",
+    base_is_mixed: bool = False,
+    wanted: str = "",
+    siglip_heads: int | None = None,
 ) -> Inputs:
     """Reads all headers and compares them; no array is read.
 
+    Args:
+      wanted: the format of the mix; "" is that of the first of `checkpoints`.
+      siglip_heads: what PyTorch checkpoints do not tell.
+
     Raises:
-      FileNotFoundError, ValueError: one is missing, damaged, or of another architecture.
+      FileNotFoundError, ValueError: one is missing, damaged, of another architecture, or given
+        twice.
     """
     names = (base, *checkpoints) if base else tuple(checkpoints)
-    headers = tuple(store.open_params(name) for name in names)
-    for name, header in zip(names[1:], headers[1:], strict=True):
-        if differs := trees.difference(headers[0], header, names=(names[0], name)):
-            cause = _likely_cause(headers[0], header)
+    opened = tuple(store.open_checkpoint(name, merge_lora=True) for name in names)
+    output = outputs.choose(opened, 1 if base else 0, wanted)
+    flats = tuple(output.select(one, siglip_heads) for one in opened)
+    for name, flat in zip(names[1:], flats[1:], strict=True):
+        if differs := trees.difference(flats[0], flat, names=(names[0], name)):
+            cause = _likely_cause(flats[0], flat)
             raise ValueError(
                 f"{names[0]} and {name} are not the same architecture{cause}: {differs}"
             )
+    flats = tuple({path: flat[path] for path in flats[0]} for flat in flats)
+    prints = tuple(provenance.fingerprint(name) for name in names)
+    for k, (name, one) in enumerate(zip(names, prints, strict=True)):
+        if (first := prints.index(one)) < k:
+            same = os.path.realpath(name) == os.path.realpath(names[first])
+            raise ValueError(
+                f"{name} is given twice; name it once, with a larger coefficient if it is to count "
+                "more"
+                if same
+                else f"{names[first]} and {name} are copies of one checkpoint; name it once"
+            )
     first = 1 if base and not base_is_mixed else 0
-    return Inputs(names, headers, 0 if base else None, tuple(range(first, len(names))))
+    mixed = tuple(range(first, len(names)))
+    return Inputs(names, opened, flats, output, 0 if base else None, mixed, prints, siglip_heads)
 
 
 def _likely_cause(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """What most often lies behind such a difference, in brackets; "" where it is nothing known."""
-    flats = trees.flatten(a), trees.flatten(b)
-    apart = flats[0].keys() ^ flats[1].keys()
+    apart = a.keys() ^ b.keys()
     if any("lora" in path for path in apart):
         return " (one has LoRA parameters: merge them into it first)"
-    if {"state_proj/kernel", "time_mlp_in/kernel"} <= apart:
+    if any("state_proj" in p for p in apart) and any("time_mlp_in" in p for p in apart):
         return " (one is a π0, the other a π0.5)"
-    projections = [flat.get("action_in_proj/kernel") for flat in flats]
-    if all(projections) and projections[0].shape != projections[1].shape:
-        return " (their action_dim differs)"
+    for path in a.keys() & b.keys():
+        ours, theirs = a[path].shape, b[path].shape
+        if ours == theirs:
+            continue
+        if "action_in_proj" in path or "action_out_proj" in path:
+            return " (their action_dim differs)"
+    if any("action_in_proj" in path for path in apart):
+        return " (one has no action expert: a π0-FAST, or a language model alone)"
+    if any("embed_tokens" in p or "input_embedding" in p for p in apart):
+        return " (one lacks the vocabulary)"
     return ""
 
 

@@ -1,5 +1,6 @@
 """Losses of checkpoints and mixes on the batches of a validation file."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,23 +10,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from policymix import metrics, trees
-from policymix.checkpoints import assets, store
+from policymix import memory, metrics, sharding, trees
+from policymix.checkpoints import assets, streaming
+from policymix.checkpoints.leaves import Leaf
 from policymix.data.validation import Validation
 from policymix.mixing import objective as objective_lib
 from policymix.models import pi0
 from policymix.runs import policies
+from policymix.runs.inputs import Inputs
 from policymix.structs import Params
 from policymix.transforms import normalize
 
 
 class Judge:
-    """Measures every candidate with the same noise, so that losses compare models."""
+    """Measures every candidate with the same noise, so that losses compare models.
 
-    def __init__(self, model: pi0.Pi0Config, path: pathlib.Path, validation: Validation, seed: int):
+    Attributes:
+      warnings: what makes losses dishonest. mesh: where parameters are split over devices, if so.
+      examples: the loss of each example, by (name, "selection" or "held_out").
+    """
+
+    def __init__(
+        self,
+        model: pi0.Pi0Config,
+        path: pathlib.Path,
+        validation: Validation,
+        seed: int,
+        fsdp_devices: int = 1,
+    ):
         self.model, self.path, self.validation = model, path, validation
         self.warnings: list[str] = []
+        self.mesh = sharding.mesh(fsdp_devices) if fsdp_devices > 1 else None
+        self.examples: dict[tuple[str, str], np.ndarray] = {}
         self._loss_fn = policies.loss_fn(model)
+        self._residual_fn = policies.residual_fn(model)
         keys = jax.random.split(jax.random.key(seed))
         self._sets = {
             "selection": (validation.selection, keys[0]),
@@ -73,35 +91,65 @@ class Judge:
                 )
         return found
 
-    def each(self, checkpoints: Sequence[str]) -> list[dict[str, float | None]]:
+    def each(self, inputs: Inputs) -> list[dict[str, float | None]]:
         """The losses of checkpoints on disk, one in memory at a time."""
-        return [
-            self.losses(name, store.load_params(name))
-            for name in metrics.progress(list(checkpoints), "losses of the inputs")
-        ]
+        rows = metrics.progress(
+            range(len(inputs.names)), "losses of the inputs", total=len(inputs.names)
+        )
+        return [self.losses(inputs.names[row], inputs.tree(row)) for row in rows]
 
-    def losses(self, name: str, params: Params) -> dict[str, float | None]:
-        """Mean loss on the selection and on the held-out batches (None where none are held out)."""
-        params = jax.tree.map(jnp.asarray, dict(params))
-        result = {}
+    def losses(self, name: str, tree: Mapping[str, Any]) -> dict[str, float | None]:
+        """Mean loss on the selection and on the held-out batches (None where none are held out).
+
+        Args:
+          tree: parameters, or leaves that are read one by one.
+        """
+        params, result = self._placed(tree), {}
         for which, (batches, key) in self._sets.items():
-            result[which] = None
-            if batches:
-                value = float(
-                    objective_lib.in_memory(self._loss_fn, [params], batches, key).value(np.ones(1))
+            examples = [
+                np.asarray(_examples(self.model, params, batch, jax.random.fold_in(key, i)))
+                for i, batch in enumerate(batches)
+            ]
+            self.examples[name, which] = np.concatenate([np.empty(0), *examples])
+            result[which] = float(np.mean([e.mean() for e in examples])) if examples else None
+            if examples and not math.isfinite(result[which]):
+                raise FloatingPointError(
+                    f"{name}: the loss on the {which} batches of {self.path} is {result[which]}; "
+                    "the checkpoint has NaN or does not belong to this config"
                 )
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"{name}: the loss on the {which} batches of {self.path} is {value}; the "
-                        "checkpoint has NaN or does not belong to this config"
-                    )
-                result[which] = value
         return result
 
-    def objective(self, params: Sequence[Params]) -> objective_lib.Objective:
-        """The selection loss as a function of mixing coefficients."""
+    def _placed(self, tree: Mapping[str, Any]) -> Params:
+        """A tree on the devices, split over them where the mesh has several."""
+
+        def place(leaf, where):
+            array = leaf.read() if isinstance(leaf, Leaf) else leaf
+            return jax.device_put(array, where)
+
+        where = jax.local_devices()[0]
+        if self.mesh is None:
+            return jax.tree.map(lambda leaf: place(leaf, where), dict(tree))
+        return jax.tree.map(place, dict(tree), sharding.parameters(self.mesh, dict(tree)))
+
+    def objective(self, inputs: Inputs, settings) -> objective_lib.Objective:
+        """The selection loss as a function of mixing coefficients of the inputs that are mixed.
+
+        The checkpoints are held in memory if all of them fit, and else read from disk for every
+        evaluation; `settings.search_in` decides otherwise.
+        """
         batches, key = self._sets["selection"]
-        return objective_lib.in_memory(self._loss_fn, params, batches, key)
+        if in_memory(inputs, settings.search_in, self.mesh):
+            trees_ = [self._placed(inputs.checked_tree(row)) for row in inputs.mixed]
+            return objective_lib.in_memory(self._loss_fn, trees_, batches, key, self._residual_fn)
+        return streaming.objective(
+            self._loss_fn,
+            [trees.flatten(inputs.tree(row)) for row in inputs.mixed],
+            batches,
+            key,
+            self._residual_fn,
+            names=[inputs.names[row] for row in inputs.mixed],
+            place=self._placed,
+        )
 
     def describe(self) -> dict[str, Any]:
         """For mix.json."""
@@ -112,3 +160,24 @@ class Judge:
         """For the terminal."""
         chosen, held = len(self.validation.selection), len(self.validation.held_out)
         return f"validation {self.path}: {chosen} batches to select on, {held} held out"
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _examples(model: pi0.Pi0Config, params: Params, batch, key: jax.Array) -> jax.Array:
+    """The loss of each example, [b]."""
+    return jnp.mean(pi0.residual(model, params, batch, key) ** 2, axis=(1, 2))
+
+
+def in_memory(inputs: Inputs, wanted: str, mesh) -> bool:
+    """Whether a search holds its checkpoints in memory: n of them, a mix, and its gradient.
+
+    ValueError if `wanted` is neither "auto", "memory" nor "disk".
+    """
+    if wanted not in ("auto", "memory", "disk"):
+        raise ValueError(f"config.mix.search_in is {wanted!r}; expected auto, memory or disk")
+    if wanted != "auto":
+        return wanted == "memory"
+    needed = (len(inputs.mixed) + 2) * inputs.nbytes
+    devices = 1 if mesh is None else mesh.shape["fsdp"]
+    free = memory.free_bytes(jax.local_devices()[0].memory_stats())
+    return free is None or needed <= 0.8 * free * devices

@@ -6,7 +6,6 @@ appears whole or not at all.
 
 import dataclasses
 import importlib.metadata
-import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -17,32 +16,14 @@ import ml_collections
 import numpy as np
 
 from policymix import files, memory, metrics, trees
-from policymix.checkpoints import assets, provenance, store, streaming
+from policymix.checkpoints import assets, layout, provenance, store, streaming
 from policymix.data import validation as validation_lib
-from policymix.mixing import rules, search
-from policymix.reports import mixes
+from policymix.models import siglip
+from policymix.reports import mixes, tables
+from policymix.runs import advice, landscapes, policies, repeats, requests, searches
 from policymix.runs import inputs as inputs_lib
 from policymix.runs import judge as judge_lib
-from policymix.runs import policies
-
-CLOSED_FORM = ("average", "manual", "interpolate")
-BY_LOSS = ("inverse_loss", "greedy", "gradient_descent", "adaptive_gradient_descent")
-METHODS = CLOSED_FORM + BY_LOSS
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the command line asks for; empty fields fall back to the config."""
-
-    checkpoints: tuple[str, ...]
-    output: pathlib.Path
-    method: str = ""
-    coefficients: tuple[float, ...] = ()
-    base: str = ""
-    merge_ratios: tuple[float, ...] = ()
-    validation: str = ""
-    overwrite: bool = False
-    dry_run: bool = False
+from policymix.runs.requests import Request
 
 
 def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
@@ -52,39 +33,116 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
       ValueError, OSError, FloatingPointError: bad input; one clear message, and no output.
     """
     started = time.monotonic()
-    method = _method(config, request)
+    request = dataclasses.replace(request, checkpoints=layout.expand(request.checkpoints))
+    repeat = None
+    if request.repeat:
+        config, request, repeat = repeats.read(config, request)
+    method = repeat.method if repeat else requests.method_of(config, request)
     base = _base(config, request, method)
     _check_output(config, request, base)
     inputs = inputs_lib.open_inputs(
-        request.checkpoints, base=base, base_is_mixed=method == "interpolate"
+        request.checkpoints,
+        base=base,
+        base_is_mixed=method == "interpolate",
+        wanted=request.format,
+        siglip_heads=_siglip_heads(config),
     )
-    # What differs, and a misspelt dtype, are told before the work.
-    _norm_stats(config, inputs, _given(request, method, len(inputs.names)))
-    inputs.dtypes(config.mix.dtype, of_base=False)
-    judge = _judge(config, request, inputs)
-    _print_plan(request, method, inputs, judge)
+    task = Task(config, request, method, inputs, _judge(config, request, inputs), repeat)
+    task.check()
+    _print_plan(task)
     if request.dry_run:
         print("dry run: nothing was computed, nothing was written")
         return {}
 
-    files.check_space(request.output, max(len(request.merge_ratios), 1) * inputs.nbytes)
-    losses = judge.each(inputs.names) if judge else [None] * len(inputs.names)
-    found = _search(config, request, method, inputs, judge, losses)
-    told = _describe(config, method, inputs, judge, losses)
+    num_mixes = len(request.ratios) if method == "interpolate" and not repeat else 1
+    files.check_space(request.output, num_mixes * inputs.nbytes)
+    told = _describe(task)
     with files.whole_directory(request.output, overwrite=request.overwrite) as partial:
-        if len(request.merge_ratios) > 1:
-            report = _write_sweep(config, request, inputs, judge, told, partial)
+        if num_mixes > 1:
+            report = _write_sweep(task, told, partial)
         else:
+            found = searches.search_for(task, [entry["loss"] for entry in told["inputs"]])
             told["history"] = [_jsonable(row) for row in found.history]
-            if method == "interpolate":
-                told["merge_ratio"] = float(found.coefficients[0])
-            report = _write(config, inputs, found.coefficients, judge, told, partial)
+            if method == "interpolate" and not repeat:
+                told["merge_ratio"] = request.ratios[0]
+            report = _write(task, found.coefficients, told, partial)
         report["seconds"] = time.monotonic() - started
         report["peak_memory_bytes"] = memory.peak_bytes()
         files.write_json(partial / "mix.json", report)
     print(mixes.table(report))
     print(f"written to {request.output}")
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A mix that was asked for, and what it is made of.
+
+    Attributes:
+      method: one of `requests.METHODS`; judge: what measures losses, where there is data for it.
+      repeat: the mix that is made again, if that was asked.
+    """
+
+    config: ml_collections.ConfigDict
+    request: Request
+    method: str
+    inputs: inputs_lib.Inputs
+    judge: judge_lib.Judge | None
+    repeat: repeats.Repeat | None = None
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """{name: path regex} of the groups that have coefficients of their own."""
+        return requests.groups(self.config)
+
+    def check(self) -> None:
+        """What differs, a misspelt dtype, and groups that match nothing are told before the work.
+
+        The coefficients are taken as far as they are known before the search.
+        """
+        n = len(self.inputs.names)
+        given: Any = np.full(n, 1 / n)
+        if self.repeat:
+            given = self.repeat.coefficients
+        elif self.method == "manual":
+            given = searches.with_base(requests.manual(self.request, self.groups), self.inputs)
+        elif self.method == "interpolate":
+            num_finetuned = n - 1
+            given = requests.interpolated(self.request.ratios[0], num_finetuned, self.groups)
+        elif self.groups:
+            given = dict.fromkeys(self.groups.values(), given)
+        self.norm_stats(given)
+        self.inputs.dtypes(self.config.mix.dtype, of_base=False)
+        if self.request.landscape:
+            landscapes.check(len(self.inputs.mixed))
+
+    def norm_stats(self, coefficients) -> tuple[str, Any] | None:
+        """(asset id, the mix's normalisation); None where the inputs have none."""
+        paths = list(self.inputs.leaves[0])
+        by_path = trees.coefficients_by_path(coefficients, paths, len(self.inputs.names))
+        return self.inputs.norm_stats(
+            self.config.mix.norm_stats,
+            self.inputs.mean_coefficients(by_path),
+            self.config.data.asset_id,
+        )
+
+
+def _siglip_heads(config: ml_collections.ConfigDict) -> int | None:
+    """The vision tower's number of heads, where the config has a model with one."""
+    model = config.model
+    if not model or not model.get("image_keys") or not model.get("siglip_variant"):
+        return None
+    return siglip.size(model.siglip_variant).num_heads
+
+
+def _base(config: ml_collections.ConfigDict, request: Request, method: str) -> str:
+    """The base's path; "" where there is none."""
+    base = request.base or (config.train.init_from if method == "interpolate" else "")
+    if method == "interpolate" and not base:
+        raise ValueError(
+            "interpolate needs a base: pass --base, or a --config whose train.init_from names it"
+        )
+    return base
 
 
 def _check_output(config: ml_collections.ConfigDict, request: Request, base: str) -> None:
@@ -105,96 +163,6 @@ def _is_mix(path: pathlib.Path) -> bool:
     return told.is_file() and "policymix" in files.read_json(told)
 
 
-def _given(request: Request, method: str, n: int) -> np.ndarray:
-    """The coefficients as far as they are known before the search."""
-    if method == "manual":
-        c = rules.normalize(request.coefficients)
-        return np.concatenate([np.zeros(n - len(c)), c])
-    if method == "interpolate" and request.merge_ratios:
-        return np.array([request.merge_ratios[0], 1 - request.merge_ratios[0]])
-    return rules.uniform(n)
-
-
-def _describe(config, method: str, inputs: inputs_lib.Inputs, judge, losses) -> dict[str, Any]:
-    """What mix.json says whatever comes of the search."""
-    return {
-        "version": 1,
-        "policymix": importlib.metadata.version("policymix"),
-        "jax": jax.__version__,
-        "method": method,
-        "settings": _settings(config, method),
-        "inputs": [
-            provenance.describe(name) | {"loss": loss}
-            for name, loss in zip(inputs.names, losses, strict=True)
-        ],
-        "base": inputs.base,
-        "validation": judge.describe() if judge else None,
-        "warnings": judge.warnings if judge else [],
-        "history": [],
-    }
-
-
-def _method(config: ml_collections.ConfigDict, request: Request) -> str:
-    """The method asked for, checked against the other flags."""
-    method = request.method or config.mix.method
-    if not method:
-        method = "manual" if request.coefficients else "interpolate" if request.base else "average"
-        if request.merge_ratios:
-            method = "interpolate"
-    n = len(request.checkpoints)
-    if method not in METHODS:
-        raise ValueError(f"--method {method!r}: expected one of {', '.join(METHODS)}")
-    if not n:
-        raise ValueError(
-            "--checkpoints is empty: give the checkpoints to mix, as --checkpoints=a,b,c"
-        )
-    if (method == "manual") != bool(request.coefficients):
-        raise ValueError(
-            f"--coefficients goes with --method=manual, and manual needs it; the method is {method}"
-        )
-    if method == "manual":
-        if len(request.coefficients) != n:
-            raise ValueError(
-                f"{n} checkpoints need {n} coefficients, --coefficients has "
-                f"{len(request.coefficients)}"
-            )
-        rules.normalize(request.coefficients)
-    if method == "interpolate":
-        if n != 1:
-            raise ValueError(
-                f"interpolate takes one fine-tuned checkpoint and a base; --checkpoints has {n}"
-            )
-        if not all(math.isfinite(ratio) for ratio in request.merge_ratios):
-            raise ValueError(f"--merge_ratio must be finite, got {list(request.merge_ratios)}")
-        if len(set(request.merge_ratios)) < len(request.merge_ratios):
-            raise ValueError(f"--merge_ratio names a ratio twice: {list(request.merge_ratios)}")
-    elif request.merge_ratios:
-        raise ValueError(f"--merge_ratio goes with --method=interpolate; the method is {method}")
-    m = config.mix
-    if m.num_iterations < 1 or not m.learning_rate > 0 or not math.isfinite(m.power):
-        raise ValueError(
-            "config.mix: num_iterations must be at least 1, learning_rate positive and power "
-            f"finite, got {m.num_iterations}, {m.learning_rate} and {m.power}"
-        )
-    if method in BY_LOSS and not request.validation:
-        raise ValueError(f"{method} needs validation batches: pass --validation=FILE.npz")
-    return method
-
-
-def _base(config: ml_collections.ConfigDict, request: Request, method: str) -> str:
-    """The base's path; "" where there is none."""
-    base = request.base or (config.train.init_from if method == "interpolate" else "")
-    if method == "interpolate" and not base:
-        raise ValueError(
-            "interpolate needs a base: pass --base, or a --config whose train.init_from names it"
-        )
-    return base
-
-
-def _norm_stats(config: ml_collections.ConfigDict, inputs: inputs_lib.Inputs, coefficients):
-    return inputs.norm_stats(config.mix.norm_stats, coefficients, config.data.asset_id)
-
-
 def _judge(
     config: ml_collections.ConfigDict, request: Request, inputs: inputs_lib.Inputs
 ) -> judge_lib.Judge | None:
@@ -208,95 +176,110 @@ def _judge(
         raise ValueError(
             f"config.mix.held_out is {held_out}; expected a fraction of at least 0 and below 1"
         )
-    judge = judge_lib.Judge(model, path, validation_lib.load(path, held_out), config.mix.seed)
-    judge.check(inputs.names[0], inputs.headers[0])
+    validation = validation_lib.load(path, held_out)
+    m = config.mix
+    judge = judge_lib.Judge(model, path, validation, m.seed, m.fsdp_devices)
+    judge.check(inputs.names[0], inputs.tree(0))
     judge.warnings += provenance.leaks(inputs.names, judge.validation.meta)
     judge.warnings += judge.normalised_otherwise([inputs.names[k] for k in inputs.mixed])
     return judge
 
 
-def _search(config, request, method, inputs, judge, losses) -> search.SearchResult:
-    """The coefficients in the order of `inputs`; 0 for a base that is not mixed."""
-    n = len(request.checkpoints)
-    if method == "interpolate":
-        ratio = request.merge_ratios[0] if request.merge_ratios else 0.5
-        return search.SearchResult(np.array([ratio, 1 - ratio]), math.nan, [])
-    skipped = len(inputs.names) - n
-    selection = np.array([loss["selection"] for loss in losses[skipped:]]) if judge else None
-    if method == "average":
-        found = search.SearchResult(rules.uniform(n), math.nan, [])
-    elif method == "manual":
-        found = search.SearchResult(rules.normalize(request.coefficients), math.nan, [])
-    elif method == "inverse_loss":
-        found = search.SearchResult(rules.inverse_loss(selection, config.mix.power), math.nan, [])
-    else:
-        params = [inputs.load(row) for row in inputs.mixed]
-        objective = judge.objective(params)
-        if method == "greedy":
-
-            def show(row):
-                print(f"greedy: {row['chosen']} has loss {row['loss']:.5f}")
-
-            found = search.greedy(
-                objective, n, losses=selection, observe=show, clock=time.monotonic
-            )
-        else:
-            with metrics.Progress(method, config.mix.num_iterations) as shown:
-                found = search.gradient_descent(
-                    objective,
-                    n,
-                    learning_rate=config.mix.learning_rate,
-                    num_iterations=config.mix.num_iterations,
-                    adaptive=method == "adaptive_gradient_descent",
-                    observe=lambda row: row["batch"] is None or shown.step(),
-                    clock=time.monotonic,
-                )
-    return found._replace(coefficients=np.concatenate([np.zeros(skipped), found.coefficients]))
+def _describe(task: Task) -> dict[str, Any]:
+    """What mix.json says whatever comes of the search; measures the inputs' losses."""
+    inputs, judge = task.inputs, task.judge
+    losses = judge.each(inputs) if judge else [None] * len(inputs.names)
+    entries = zip(inputs.checkpoints, inputs.fingerprints, losses, strict=True)
+    return {
+        "version": 1,
+        "policymix": importlib.metadata.version("policymix"),
+        "jax": jax.__version__,
+        "method": task.method,
+        "settings": _settings(task.config, task.method),
+        "groups": task.groups or None,
+        "inputs": [
+            {
+                "path": str(one.place.params if "://" in one.name else files.local(one.name)),
+                "fingerprint": fingerprint,
+                "format": one.format,
+                "loss": loss,
+            }
+            for one, fingerprint, loss in entries
+        ],
+        "base": inputs.base,
+        "format": inputs.output.format,
+        "validation": judge.describe() if judge else None,
+        "warnings": judge.warnings if judge else [],
+        "history": [],
+    }
 
 
 def _write(
-    config: ml_collections.ConfigDict,
-    inputs: inputs_lib.Inputs,
-    coefficients: np.ndarray,
-    judge: judge_lib.Judge | None,
-    told: Mapping[str, Any],
-    directory: pathlib.Path,
+    task: Task, coefficients: Any, told: Mapping[str, Any], directory: pathlib.Path
 ) -> dict[str, Any]:
     """Mixes into a directory in the making; returns `told` and what only the mix can tell."""
-    mixed = streaming.combine(
-        inputs.headers,
-        coefficients,
-        inputs.names,
-        dtype=inputs.dtypes(config.mix.dtype, of_base=told["method"] == "interpolate"),
-        progress=lambda paths: metrics.progress(paths, "mixing"),
-    )
-    asset_id, norm_stats = _norm_stats(config, inputs, coefficients) or (None, None)
-    store.write_step(mixed.params, directory / "0", norm_stats, asset_id)
-    if norm_stats is not None:
-        assets.write_norm_stats(directory / assets.NORM_STATS, norm_stats)
-    trainings = [t for k in inputs.mixed for t in assets.trainings_of(inputs.names[k])]
-    if trainings:
-        folder = directory / "0" / "assets" / (asset_id or "mixed")
-        assets.write_episodes(folder / assets.EPISODES, trainings)
+    inputs, output = task.inputs, task.inputs.output
+    dtypes = inputs.dtypes(task.config.mix.dtype, of_base=task.method == "interpolate")
+    shapes = {path: (leaf.shape, dtypes[path]) for path, leaf in inputs.leaves[0].items()}
+    stats = task.norm_stats(coefficients)
+    directory.mkdir(exist_ok=True)
+    with output.sink(directory, shapes) as sink:
+        total = sum(leaf.size for leaf in inputs.leaves[0].values())
+        with metrics.Progress("mixing", total, lines=5) as shown:
+            geometry = streaming.mix(
+                inputs.leaves, coefficients, inputs.names, sink, dtypes, progress=shown.step
+            )
+        output.finish(directory, sink, list(shapes), stats)
+    _write_trainings(task, output.assets(directory), stats[0] if stats else "mixed")
     report = dict(told) | {
-        "coefficients": np.asarray(coefficients).tolist(),
-        "loss": judge.losses("the mix", mixed.params) if judge else None,
-        "norm_stats": config.mix.norm_stats if norm_stats is not None else None,
-        "dtypes": _count([str(leaf.dtype) for leaf in jax.tree.leaves(mixed.params)]),
-        "num_params": trees.num_params(mixed.params),
-        "geometry": provenance.geometry(mixed.gram, mixed.square_norm, base=inputs.base),
+        "coefficients": requests.named_coefficients(coefficients, task.groups),
+        "loss": None,
+        "norm_stats": task.config.mix.norm_stats if stats else None,
+        "dtypes": _count([str(dtype) for _, dtype in shapes.values()]),
+        "num_params": total,
+        "geometry": provenance.geometry(geometry.gram, geometry.square_norm, base=inputs.base),
     }
+    if task.judge:
+        written = store.open_params(output.params(directory), inputs.siglip_heads)
+        report["loss"] = task.judge.losses("the mix", written)
+    report["advice"] = advice.of(report, _examples(task))
+    if task.request.landscape:
+        report["landscape"] = _landscape(task, coefficients, directory / "landscape.png")
     mixes.draw(report, directory / "mix.png")
     return report
 
 
-def _write_sweep(config, request, inputs, judge, told, directory: pathlib.Path) -> dict[str, Any]:
+def _examples(task: Task) -> dict[str, np.ndarray] | None:
+    """The held-out loss of each example, by input and for the mix; None without a judge."""
+    if task.judge is None:
+        return None
+    names = [*map(str, range(len(task.inputs.names))), "the mix"]
+    keys = (*task.inputs.names, "the mix")
+    return {n: task.judge.examples[key, "held_out"] for n, key in zip(names, keys, strict=True)}
+
+
+def _landscape(task: Task, coefficients: Any, path: pathlib.Path) -> dict[str, Any]:
+    rows = list(task.inputs.mixed)
+    names = tables.labels([task.inputs.names[row] for row in rows])
+    chosen = None if isinstance(coefficients, Mapping) else np.asarray(coefficients)[rows]
+    objective = task.judge.objective(task.inputs, task.config.mix)
+    return landscapes.draw(objective, names, chosen, path)
+
+
+def _write_trainings(task: Task, folder: pathlib.Path, asset_id: str) -> None:
+    """The mix inherits what its inputs were trained on."""
+    names = [task.inputs.names[k] for k in task.inputs.mixed]
+    if trainings := [t for name in names for t in assets.trainings_of(name)]:
+        assets.write_episodes(folder / asset_id / assets.EPISODES, trainings)
+
+
+def _write_sweep(task: Task, told: Mapping[str, Any], directory: pathlib.Path) -> dict[str, Any]:
     """One mix per merge ratio, each a directory like any other mix; returns the account of all."""
-    sweep = []
-    for ratio in request.merge_ratios:
+    sweep, num_finetuned = [], len(task.inputs.names) - 1
+    for ratio in task.request.ratios:
         name = f"merge_ratio={ratio:g}"
-        one = told | {"merge_ratio": ratio}
-        one = _write(config, inputs, np.array([ratio, 1 - ratio]), judge, one, directory / name)
+        coefficients = requests.interpolated(ratio, num_finetuned, task.groups)
+        one = _write(task, coefficients, told | {"merge_ratio": ratio}, directory / name)
         files.write_json(directory / name / "mix.json", one)
         sweep.append({"merge_ratio": ratio, "output": name, "coefficients": one["coefficients"]})
         sweep[-1]["loss"] = one["loss"]
@@ -317,18 +300,20 @@ def _settings(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:
     return {name: config.mix[name] for name in names}
 
 
-def _print_plan(
-    request: Request, method: str, inputs: inputs_lib.Inputs, judge: judge_lib.Judge | None
-) -> None:
+def _print_plan(task: Task) -> None:
     devices = jax.devices()
-    print(f"method {method} on {len(devices)} × {devices[0].device_kind} ({devices[0].platform})")
-    for line in inputs.summary():
+    print(f"method {task.method} on {len(devices)} × {devices[0].device_kind}", end=" ")
+    print(f"({devices[0].platform})")
+    for line in task.inputs.summary():
         print(f"  {line}")
-    if judge:
-        print(f"  {judge.summary()}")
-        for warning in judge.warnings:
+    for name, regex in task.groups.items():
+        sizes = trees.match([(regex, True)], list(task.inputs.leaves[0]), what=name, default=False)
+        print(f"  group {name}: {sum(sizes.values())} arrays match {regex!r}")
+    if task.judge:
+        print(f"  {task.judge.summary()}")
+        for warning in task.judge.warnings:
             print(f"  WARNING: {warning}")
-    print(f"  output {request.output}")
+    print(f"  output {task.request.output} ({task.inputs.output.format})")
 
 
 def _count(names: Sequence[str]) -> dict[str, int]:
@@ -337,7 +322,10 @@ def _count(names: Sequence[str]) -> dict[str, int]:
 
 def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a search's history in JSON's words."""
-    return {
-        key: np.asarray(v).tolist() if isinstance(v, np.ndarray | jax.Array) else v
-        for key, v in row.items()
-    }
+
+    def plain(value):
+        if isinstance(value, Mapping):
+            return {key: plain(v) for key, v in value.items()}
+        return np.asarray(value).tolist() if isinstance(value, np.ndarray | jax.Array) else value
+
+    return {key: plain(value) for key, value in row.items()}

@@ -65,9 +65,7 @@ class Pipeline:
             return assets.read_norm_stats(files.local(named)), named
         source = str(resumed or named or config.train.init_from)
         if source:
-            layout.find_params(
-                source
-            )  # one that is not there is an error, not a reason to compute new ones
+            layout.find(source)  # what is not there is no reason to compute new ones
             if found := assets.norm_stats_of(source, asset_id):
                 return found[1], source
             if resumed or named:

@@ -1,7 +1,7 @@
 """From a config to a policy: the model's configuration, its loss, and checkpoints that act."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,12 @@ def loss_fn(model: pi0.Pi0Config) -> LossFn:
     was compiled for it is found again.
     """
     return functools.partial(pi0.loss, model)
+
+
+@functools.cache
+def residual_fn(model: pi0.Pi0Config) -> Callable[..., jax.Array]:
+    """(params, batch, key) → the residual whose mean square that loss is; one object per model."""
+    return functools.partial(pi0.residual, model)
 
 
 class Policy:

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from policymix import trees
-from policymix.checkpoints import assets, store
+from policymix.checkpoints import assets, items, series, store
 from policymix.transforms import normalize
 from tests import oracle
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_openpi_wrote_on_top_of_others_reads_as_its_own_values
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_every_layout_of_orbax_reads_bit_for_bit(tmp_path, value_suffix, options, dtype):
     tree = small_tree(dtype=dtype)
-    item = store.to_item(tree) if value_suffix else {"params": tree}
+    item = series.to_item(tree) if value_suffix else {"params": tree}
     step = write(tmp_path / "7", item, **options)
     assert not (step / "_CHECKPOINT_METADATA").exists()
     for path in (step, step / "params", tmp_path):  # tmp_path is a run with a single step
@@ -105,7 +105,7 @@ def test_a_chunk_that_is_gone_is_not_read_as_zeros(tmp_path, use_zarr3):
         if not chunk.name.startswith((".", "zarr")):
             shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
     assert chunks
-    with pytest.raises(ValueError, match="cannot read 'params/w'"):
+    with pytest.raises(ValueError, match="cannot read 'w'"):
         store.load_params(tmp_path / "7")
 
 
@@ -142,13 +142,13 @@ def test_what_is_saved_is_one_params_item_as_openpi_writes_it(tmp_path):
     assert {tuple(k["key"] for k in entry["key_metadata"]) for entry in keys.values()} == expected
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "out" / "params")
-    for path, leaf in trees.flatten(store.from_item(restored)).items():
+    for path, leaf in trees.flatten(series.from_item(restored)).items():
         np.testing.assert_array_equal(leaf, trees.flatten(tree)[path])
 
 
 def test_large_arrays_are_written_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_CHUNK_BYTES", 4096)
-    tree = {"w": np.arange(64 * 64, dtype=np.float32).reshape(64, 64)}
+    monkeypatch.setattr(items, "_CHUNK", 4096)
+    tree = {"w": np.arange(66 * 66, dtype=np.float32).reshape(66, 66)}
     store.save_params(tree, tmp_path / "out")
     assert_same(store.load_params(tmp_path / "out"), tree)
     leaf = store.open_params(tmp_path / "out")["w"]
@@ -200,12 +200,10 @@ def test_truncated_metadata_names_the_checkpoint(tmp_path, name):
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         store.load_params(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="gs://bucket/pi0 is remote"):
-        store.load_params("gs://bucket/pi0")
     with pytest.raises(ValueError, match=f"{tmp_path} is not a checkpoint: expected a step"):
         store.load_params(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a safetensors checkpoint"):
+    with pytest.raises(ValueError, match="expected a safetensors header"):
         store.load_params(tmp_path)
 
 

@@ -108,17 +108,6 @@ def test_the_number_of_coefficients_is_the_number_of_inputs(written):
         streaming.combine([written({"w": np.ones(1, np.float32)})], [0.5, 0.5], NAMES[:1])
 
 
-def test_progress_sees_every_path_once(written):
-    seen = []
-    streaming.combine(
-        [written(_trees(np.float32, 1, 9)[0])],
-        [1.0],
-        NAMES[:1],
-        progress=lambda paths: (seen.append(p) or p for p in paths),
-    )
-    assert sorted(seen) == ["a/w", "b"]
-
-
 def test_geometry_is_numpys_norms_and_cosines(written):
     rng = np.random.default_rng(1)
     base = {"a": rng.standard_normal(700), "b": rng.standard_normal((30, 10))}

@@ -227,8 +227,8 @@ def test_a_pickle_as_validation_file_is_refused(tmp_path):
         f"--output={tmp_path / 'o'}",
     )
     assert "a does not exist" in line
-    checkpoint = oracle.step("pi0", "base")
-    arguments = (STATE, f"--checkpoints={checkpoint},{checkpoint}", "--method=greedy")
+    checkpoints = ",".join(str(oracle.step("pi0", which)) for which in ("base", "var1"))
+    arguments = (STATE, f"--checkpoints={checkpoints}", "--method=greedy")
     line = fails("mix.py", *arguments, f"--validation={path}", f"--output={tmp_path / 'o'}")
     assert "a pickle, which is never loaded" in line
 

@@ -97,7 +97,9 @@ def test_a_loss_that_is_not_finite_names_the_checkpoint(request_for, singles, tm
         ),
         ({"method": "avrage"}, "expected one of average, manual"),
         ({"method": "greedy"}, "greedy needs validation batches"),
-        ({"method": "interpolate"}, "takes one fine-tuned checkpoint and a base"),
+        ({"method": "interpolate"}, "interpolate needs a base"),
+        ({"format": "gguf"}, "--format 'gguf': expected one of"),
+        ({"landscape": True}, "--landscape needs validation batches"),
         (
             {"merge_ratios": (0.5,), "method": "average"},
             "--merge_ratio goes with --method=interpolate",

@@ -14,7 +14,7 @@ from policymix import trees
 from policymix.checkpoints import assets, store
 from policymix.data import validation
 from policymix.reports import mixes
-from policymix.runs import mix
+from policymix.runs import mix, requests
 from tests import oracle
 from tests.runs.mix_support import VALIDATION, debug_config, different_stats
 
@@ -70,7 +70,9 @@ def test_leaves_norm_stats_in_both_places_and_what_it_did(request_for, singles, 
     assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("method", [m for m in mix.BY_LOSS if m != "adaptive_gradient_descent"])
+@pytest.mark.parametrize(
+    "method", [m for m in requests.BY_LOSS if m != "adaptive_gradient_descent"]
+)
 def test_methods_by_loss_write_the_mix_they_report(method, request_for, tmp_path):
     report = mix.mix(
         debug_config(num_iterations=6), request_for(method=method, validation=VALIDATION)

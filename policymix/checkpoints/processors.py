@@ -1,0 +1,117 @@
+"""LeRobot's normalisation statistics: in files beside the model that describe its processors, and
+in the first published checkpoints among the model's own tensors.
+"""
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from policymix import files
+from policymix.checkpoints import safetensors
+from policymix.checkpoints.leaves import Leaf
+from policymix.transforms.normalize import NormStats, Stats
+
+_FEATURES = {"state": "observation.state", "actions": "action"}  # ours → LeRobot's
+_FIELDS = ("mean", "std", "q01", "q99")
+_STEPS = ("normalizer_processor", "unnormalizer_processor")
+BUFFER = re.compile(r"(?:un)?normalize_(?:inputs|targets|outputs)\.buffer_(\w+)\.(\w+)")
+
+
+def state_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold statistics, as policy_preprocessor.json and its sibling name them."""
+    found = []
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        if not (directory / name).is_file():
+            continue
+        content = files.read_json(directory / name)
+        steps = content.get("steps", []) if isinstance(content, dict) else []
+        for step in steps:
+            file = step.get("state_file") if isinstance(step, dict) else None
+            if file is None or step.get("registry_name") not in _STEPS:
+                continue
+            if pathlib.PurePath(str(file)).name != file or not (directory / file).is_file():
+                raise ValueError(
+                    f"{directory / name} names the state file {file!r}, which is not beside it"
+                )
+            found.append(directory / file)
+    return found
+
+
+def read(directory: pathlib.Path) -> Stats | None:
+    """The statistics beside a LeRobot model; None if there are none."""
+    for file in state_files(directory):
+        tensors, _ = safetensors.open_tensors(file)
+        return _stats(
+            {
+                (feature, field): tensors[f"{feature}.{field}"].read()
+                for feature in _FEATURES.values()
+                for field in _FIELDS
+                if f"{feature}.{field}" in tensors
+            }
+        )
+    return None
+
+
+def read_buffers(tensors: Mapping[str, Leaf]) -> Stats | None:
+    """The statistics among the tensors of a first-published checkpoint; None if there are none."""
+    known = {feature.replace(".", "_"): feature for feature in _FEATURES.values()}
+    values = {}
+    for name, leaf in tensors.items():
+        matched = BUFFER.fullmatch(name)
+        if matched and matched[1] in known:
+            values[known[matched[1]], matched[2]] = leaf.read()
+    return _stats(values)
+
+
+def _stats(values: Mapping[tuple[str, str], np.ndarray]) -> Stats | None:
+    found = {}
+    for key, feature in _FEATURES.items():
+        fields = [values.get((feature, field)) for field in _FIELDS]
+        if fields[0] is not None and fields[1] is not None:
+            found[key] = NormStats(
+                *(None if f is None else np.asarray(f, np.float64).reshape(-1) for f in fields)
+            )
+    return found or None
+
+
+def write(directory: pathlib.Path, stats: Stats) -> None:
+    """Puts other statistics into the state files of a copied LeRobot directory."""
+    for file in state_files(directory):
+        tensors, layout = safetensors.open_tensors(file)
+        arrays = {name: leaf.read() for name, leaf in tensors.items()}
+        for name, array in _replaced(arrays, stats).items():
+            arrays[name] = array
+        file.unlink()  # copied here, and replaced within a directory that is still being made
+        safetensors.write(directory, arrays, layout)
+
+
+def _replaced(arrays: Mapping[str, np.ndarray], stats: Stats) -> dict[str, np.ndarray]:
+    found = {}
+    for name, array in arrays.items():
+        for key, feature in _FEATURES.items():
+            field = name.removeprefix(feature + ".")
+            if name == f"{feature}.{field}" and field in _FIELDS and key in stats:
+                value: Any = getattr(stats[key], field)
+                if value is not None:
+                    found[name] = np.asarray(value, array.dtype).reshape(array.shape)
+    return found
+
+
+def buffers(tensors: Mapping[str, Leaf], stats: Stats | None) -> dict[str, np.ndarray]:
+    """What the statistics among a model's tensors are to hold; their own content without `stats`.
+
+    Only what `BUFFER` matches is told.
+    """
+    ours = {feature.replace(".", "_"): key for key, feature in _FEATURES.items()}
+    found = {}
+    for name, leaf in tensors.items():
+        if not (matched := BUFFER.fullmatch(name)):
+            continue
+        value = getattr((stats or {}).get(ours.get(matched[1])), matched[2], None)
+        found[name] = (
+            leaf.read() if value is None else np.asarray(value, leaf.dtype).reshape(leaf.shape)
+        )
+    return found

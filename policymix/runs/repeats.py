@@ -1,0 +1,80 @@
+"""Mixes that are made again from what mix.json says of them."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from policymix import files
+from policymix.checkpoints import provenance
+from policymix.runs.requests import Request
+
+
+class Repeat(NamedTuple):
+    """What was done: the method, and the coefficients of all inputs, [n] or {regex: [n]}."""
+
+    method: str
+    coefficients: Any
+
+
+def read(
+    config: ml_collections.ConfigDict, request: Request
+) -> tuple[ml_collections.ConfigDict, Request, Repeat]:
+    """The config, the request and the coefficients of the mix that request.repeat tells of.
+
+    Inputs that moved may be named in request.checkpoints, in the order that mix.json has.
+
+    Raises:
+      ValueError, OSError: it is not the mix.json of one mix, or an input is not what it was.
+    """
+    path = files.local(request.repeat)
+    path = path / "mix.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"--from: {path} does not exist")
+    told = files.read_json(path)
+    if isinstance(told, dict) and "sweep" in told:
+        which = path.parent / told["sweep"][0]["output"]
+        raise ValueError(f"--from: {path} tells of several mixes; say which, as {which}")
+    if request.method or request.coefficients or request.merge_ratios or request.base:
+        raise ValueError(
+            "--from says which method and coefficients to use; leave out --method, "
+            "--coefficients, --merge_ratio and --base"
+        )
+    try:
+        names = [entry["path"] for entry in told["inputs"]]
+        prints = [entry["fingerprint"] for entry in told["inputs"]]
+        settings, groups, rows = told["settings"], told["groups"] or {}, told["base"] == 0
+        coefficients = told["coefficients"]
+        if isinstance(coefficients, dict):
+            coefficients = {groups[name]: np.array(c) for name, c in coefficients.items()}
+        else:
+            coefficients = np.array(coefficients, np.float64)
+        config = config.copy_and_resolve_references()
+        config.mix.update({"norm_stats": settings["norm_stats"], "dtype": settings["dtype"]})
+        config.mix.groups = tuple(f"{name}={regex}" for name, regex in groups.items())
+        method, chosen = told["method"], request.format or told["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--from: {path} is not the mix.json of a mix (no {error})") from error
+    if request.checkpoints:
+        if len(request.checkpoints) != len(names):
+            raise ValueError(
+                f"--from: {path} has {len(names)} inputs, --checkpoints {len(request.checkpoints)}"
+            )
+        names = list(request.checkpoints)
+    for name, expected in zip(names, prints, strict=True):
+        if provenance.fingerprint(name) != expected:
+            raise ValueError(
+                f"{name} is not the checkpoint that {path} was made of (its content changed)"
+            )
+    request = Request(
+        checkpoints=tuple(names[rows:]),
+        output=pathlib.Path(request.output),
+        base=names[0] if rows else "",
+        validation=request.validation,
+        format=chosen,
+        landscape=request.landscape,
+        overwrite=request.overwrite,
+        dry_run=request.dry_run,
+    )
+    return config, request, Repeat(method, coefficients)
