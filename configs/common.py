@@ -11,6 +11,7 @@ import ml_collections
 # Eight episodes that LeRobot wrote; `:debug` trains on their numbers, and learns nothing of use:
 # the state lacks the block.
 PUSHT = pathlib.Path(__file__).resolve().parents[1] / "tests/testdata/lerobot/pusht_v30_video"
+OPENPI = "gs://openpi-assets/checkpoints"  # where OpenPI keeps what it released
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -94,6 +95,40 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
 
 
+def openpi_config(base: str, *, pi05: bool, **model) -> ml_collections.ConfigDict:
+    """A policy of OpenPI's sizes, to be fine-tuned from a checkpoint that OpenPI released.
+
+    Args:
+      base: its name there, such as "pi05_base".
+      model: fields of Pi0Config that differ from OpenPI's defaults for π0 (`pi05`: for π0.5).
+    """
+    config = get_config()
+    config.model = ml_collections.ConfigDict(
+        {
+            "paligemma_variant": "gemma_2b",
+            "action_expert_variant": "gemma_300m",
+            "siglip_variant": "So400m/14",
+            "siglip_depth": ml_collections.config_dict.placeholder(int),
+            "vocab_size": 257_152,
+            "pi05": pi05,
+            "discrete_state_input": pi05,  # proprio is written into the prompt
+            "action_dim": 32,
+            "action_horizon": 50,
+            "max_token_len": 200 if pi05 else 48,
+            "image_keys": ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"),
+            "image_resolution": (224, 224),
+            "dtype": "bfloat16",
+            "proprio_dim": ml_collections.config_dict.placeholder(int),  # action_dim
+            "remat": True,
+        }
+    )
+    config.model.update(model)
+    config.data.cameras = dict.fromkeys(config.model.image_keys, "")
+    config.data.quantiles = pi05
+    config.train.init_from = f"{OPENPI}/{base}/params"
+    return config
+
+
 def parse_arg(arg: str) -> bool:
     """True for "debug", False for "". ValueError for anything else."""
     if arg not in ("", "debug"):
@@ -122,7 +157,9 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
     config.mix.num_iterations = 20
     config.data.update({"asset_id": "", "path": str(PUSHT), "mask_cameras": True})
-    config.train.init_from = ""
+    config.data.update({"state_key": "observation.state", "action_key": "action"})
+    config.data.tokenizer = "words"  # prompts of so few tokens
+    config.data.default_prompt = config.train.init_from = ""
 
 
 def shrink_quickstart(sizes: ml_collections.ConfigDict) -> None:

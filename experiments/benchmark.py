@@ -2,8 +2,9 @@
 
   python experiments/benchmark.py --rows=sampling
 
-Rows: `average` of three Orbax checkpoints of 268 MB, without writing; `gradient` of the loss in
-three coefficients and `sampling` of two action chunks in ten flow steps, both on config.model;
+Rows: `float32`, `bfloat16` and `orbax`, mixes of three checkpoints of 257 M parameters from disk to
+disk, and `twenty`, of twenty smaller ones (8 GB of room in TMPDIR); `gradient` of the loss in three
+coefficients and `sampling` of two action chunks in ten flow steps, both on config.model;
 `training`, 50 steps at batch 64, and `rollouts`, 100 episodes of 64 steps, both of the policy that
 the quickstart trains.
 """

@@ -92,13 +92,3 @@ def _one_line(error: Exception) -> str:
 def _fail(message: str, code: int = 1) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def numbers(flag: str, values: list[str]) -> tuple[float, ...]:
-    """The numbers of a list flag. ValueError names the flag and the word that is not one."""
-    for value in values:
-        try:
-            float(value)
-        except ValueError:
-            raise ValueError(f"--{flag}: {value!r} is not a number") from None
-    return tuple(float(value) for value in values)

@@ -11,23 +11,32 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _PARTIAL = ".partial-"
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 def local(path: str | os.PathLike) -> pathlib.Path:
-    """An absolute path without "~", ".." or links, as every other function here expects it."""
-    return pathlib.Path(path).expanduser().resolve()
+    """An absolute path without "~", ".." or links, as every other function here expects it.
+
+    ValueError for what can be no path: a link to itself, or a name with a zero byte.
+    """
+    try:
+        return pathlib.Path(path).expanduser().resolve()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is no path ({reason(error)})") from error
 
 
 def check_apart(path: pathlib.Path, inputs: Iterable[str | os.PathLike]) -> None:
-    """ValueError if writing `path` could touch an input, also through links and ".."."""
+    """ValueError if writing `path` could touch an input, also through "..", links to it, and the
+    links that it is made of, as in the caches of hubs.
+    """
     path = local(path)
     for source in map(local, inputs):
-        if path == source or path in source.parents or source in path.parents:
-            raise ValueError(
-                f"output {path} overlaps the input {source}; inputs are never written to: choose "
-                "another output"
-            )
+        for place in (source, *(local(p) for p in source.rglob("*") if p.is_symlink())):
+            if path == place or path in place.parents or place in path.parents:
+                raise ValueError(
+                    f"output {path} overlaps the input {source}; inputs are never written to: "
+                    "choose another output"
+                )
 
 
 def check_output(
@@ -91,7 +100,11 @@ def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[
                 )
             old = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}-old")
             path.rename(old)
-            partial.rename(path)
+            try:
+                partial.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             partial.rename(path)
@@ -106,11 +119,15 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
-        raise OSError(
-            f"cannot write {path}: {error.strerror}; make room, or write elsewhere"
-        ) from error
+        raise no_room(path, error.errno) from error
+
+
+def no_room(path: pathlib.Path, code: int) -> OSError:
+    """What to say of a disk that is full, or of a limit that is reached; `code` is of `NO_ROOM`."""
+    message = f"cannot write {path}: {os.strerror(code)}; make room, or write elsewhere"
+    return OSError(code, message)
 
 
 def remove(path: pathlib.Path) -> None:
@@ -134,6 +151,8 @@ def _remove_leftovers(path: pathlib.Path) -> None:
     """Deletes what killed processes left of this output; an old one they displaced is put back."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}{_PARTIAL}*"):
         pid, _, old = leftover.name.rpartition(_PARTIAL)[2].partition("-")
+        if not (pid.isdecimal() and leftover.is_dir() and old in ("", "old")):
+            continue  # somebody else's
         if _alive(int(pid)) and int(pid) != os.getpid():
             continue
         if old and not path.exists():
@@ -145,7 +164,7 @@ def _remove_leftovers(path: pathlib.Path) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -168,12 +187,25 @@ def read_json(path: pathlib.Path) -> Any:
     """JSON of a UTF-8 file. ValueError names the file where it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); it may be truncated") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not readable JSON ({reason(error)}); it may be truncated"
+        ) from error
+
+
+def reason(error: Exception | str) -> str:
+    """What an error says, in one line of printable letters; libraries quote pages of what is wrong
+    with a file, and the file itself.
+    """
+    text = str(error).split(" [tensorstore_spec")[0].strip().split("\n")[0]
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Indented UTF-8 JSON. Not a number is refused: JSON has no word for it."""
-    write_whole(
-        path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    )
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+    write_whole(path, f"{text}\n".encode())

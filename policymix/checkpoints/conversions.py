@@ -214,7 +214,8 @@ class _Merging(leaves.Slabs):
         self._weight = leaf.weight.reader()
         wide = np.dtype(jnp.promote_types(leaf.dtype, np.float32))
         self._a, self._b = (
-            x.read().astype(wide).reshape(-1, *x.shape[-2:]) for x in (leaf.a, leaf.b)
+            x.read().astype(wide).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+            for x in (leaf.a, leaf.b)
         )
 
     def slab(self, position: int) -> tuple[int, np.ndarray]:
@@ -250,15 +251,9 @@ def merge_lora(found: Mapping[str, Leaf], where: str) -> tuple[dict[str, Leaf], 
                 f"{other if other not in seconds else target!r} is missing"
             )
         weight, a, b = plain[target], found[path], found[other]
-        expected = (
-            (*weight.shape[:-1], a.shape[-1]),
-            (
-                *weight.shape[:-2],
-                a.shape[-1],
-                weight.shape[-1],
-            ),
-        )
-        if (a.shape, b.shape) != expected:
+        rank = a.shape[-1:]
+        expected = (*weight.shape[:-1], *rank), (*weight.shape[:-2], *rank, *weight.shape[-1:])
+        if len(weight.shape) < 2 or (a.shape, b.shape) != expected:
             raise ValueError(
                 f"{where}: {path!r} {a.shape} and {other!r} {b.shape} do not fit {target!r} "
                 f"{weight.shape}"

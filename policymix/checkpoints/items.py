@@ -2,12 +2,14 @@
 
 The item holds {"params": tree}; trees saved from flax.nnx end every path in a component `value`.
 Inside the library a tree has neither. What is written here has the layout that Orbax gives
-it, but chunks of 16 MiB that follow each other in C order, so that the next reader can stream, and
+it, but chunks of 8 MiB that follow each other in C order, so that the next reader can stream, and
 it is written as it comes, so that no array is ever held.
 """
 
+import collections
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -20,7 +22,8 @@ from policymix import files
 from policymix.checkpoints import leaves, zarr
 
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")  # Orbax's words for what is stored as an array
-_CHUNK = 2**24  # bytes
+_RATIO = 2**16  # of sizes, at most: a block of 128 kB takes zstd, the densest here, four bytes
+_CHUNK = 2**23  # bytes
 _FILE = 2**26  # bytes after which OCDBT begins another data file: it keeps one in memory
 
 
@@ -37,28 +40,38 @@ def open_item(item: pathlib.Path) -> dict[str, zarr.ZarrLeaf]:
             for entry in described["tree_metadata"].values()
             if entry["value_metadata"]["value_type"] in _ARRAYS
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+        "".join(stored).encode()  # JSON can hold halves of letters, tensorstore's names cannot
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{item}/_METADATA does not describe an Orbax PyTree (no {error}); it is damaged, or "
-            "of a version that is not known here"
+            f"{item}/_METADATA does not describe an Orbax PyTree (no {files.reason(error)}); it is "
+            "damaged, or of a version that is not known here"
         ) from error
     names = _canonical(stored, item)
     database = zarr.Database(item)
     # A chunk that is not there is a lost file, unless its writer left out chunks of zeros.
     sparse = not described.get("store_array_data_equal_to_fill_value", False)
     opened = {
-        path: database.open(name, path, zarr3=bool(described.get("use_zarr3")), sparse=sparse)
+        path: database.begin(name, path, zarr3=bool(described.get("use_zarr3")), sparse=sparse)
         for path, name in names.items()
     }
-    found = {}
-    for path, future in opened.items():
-        try:
-            array = future.result()
-        except (ValueError, NotImplementedError) as error:
-            raise zarr.damaged(item, path, error) from error
-        dtype = array.dtype.numpy_dtype
-        found[path] = zarr.ZarrLeaf(tuple(array.shape), dtype, path, item, array, database)
+    found = {path: database.leaf(path, opening) for path, opening in opened.items()}
+    if not sparse:
+        _check_size(found, item)
     return found
+
+
+def _check_size(found: Mapping[str, zarr.ZarrLeaf], item: pathlib.Path) -> None:
+    """ValueError where metadata claims more than the files can hold: nobody is to allocate that."""
+    stored = sum(path.stat().st_size for path in item.rglob("*") if path.is_file())
+    claimed = sum(leaf.nbytes for leaf in found.values())
+    if claimed > stored * _RATIO:
+        largest = max(found.values(), key=lambda leaf: leaf.nbytes)
+        raise zarr.damaged(
+            item,
+            largest.path,
+            f"it is said to be {largest.dtype} {largest.shape}, {largest.nbytes:,} bytes, and all "
+            f"files together have {stored:,}",
+        )
 
 
 def _canonical(stored: list[str], item: pathlib.Path) -> dict[str, str]:
@@ -70,13 +83,15 @@ def _canonical(stored: list[str], item: pathlib.Path) -> dict[str, str]:
             f"{item}: expected one tree under the key 'params', found the keys "
             f"{sorted({name.split('/')[0] for name in stored})}"
         )
+    if twice := [name for name, count in collections.Counter(stored).items() if count > 1]:
+        raise ValueError(f"{item}: _METADATA names {twice[0]!r} twice; it is damaged")
     # Only if all do: SigLIP's attention has a module that is itself called `value`.
     suffix = "/value" if all(name.endswith("/value") for name in stored) else ""
     return {name.removeprefix("params/").removesuffix(suffix): name for name in stored}
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """A chunk of at most 16 MiB that is one range of the array in C order."""
+    """A chunk of at most 8 MiB that is one range of the array in C order."""
     chunk = list(shape)
     for axis in range(len(shape)):
         inner = math.prod(shape[axis + 1 :]) * itemsize
@@ -101,10 +116,10 @@ class ItemWriter(leaves.Sink):
         self._started = time.time_ns()
         item.mkdir(parents=True)
         context = tensorstore.Context()
-        opened = {
-            path: tensorstore.open(self._spec(path), context=context) for path in self._shapes
-        }
         try:
+            opened = {
+                path: tensorstore.open(self._spec(path), context=context) for path in self._shapes
+            }
             self._arrays = {path: future.result() for path, future in opened.items()}
         except ValueError as error:
             raise unwritten(item, error) from error
@@ -115,7 +130,7 @@ class ItemWriter(leaves.Sink):
             "driver": "zarr",
             "kvstore": {
                 "driver": "ocdbt",
-                "base": f"file://{self.item}/",
+                "base": zarr.directory(self.item),
                 "path": f"{_key(path)}/",
                 # As Orbax has it; small values lie in the tree itself.
                 "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8},
@@ -224,6 +239,8 @@ def _key(path: str) -> str:
 
 
 def unwritten(path: pathlib.Path, error: Exception) -> OSError:
-    """What tensorstore says when a write fails, without the pages it adds."""
-    reason = str(error).split(" [tensorstore_spec")[0].split("\n")[0]
-    return OSError(f"cannot write {path}: {reason}; the disk may be full or a limit reached")
+    """What to say when tensorstore cannot write; a full disk's error is that of any other file."""
+    for code in files.NO_ROOM:
+        if os.strerror(code) in str(error):
+            return files.no_room(path, code)
+    return OSError(f"cannot write {path}: {files.reason(error)}")

@@ -45,6 +45,11 @@ def find(path: str | os.PathLike) -> Place:
     Raises:
       FileNotFoundError, ValueError: nothing there, no checkpoint, or several.
     """
+    return _find(path, ())
+
+
+def _find(path: str | os.PathLike, above: tuple[pathlib.Path, ...]) -> Place:
+    """`find` inside the directories `above`, which links may lead back to."""
     if not str(path):
         raise ValueError(
             "a checkpoint's path is empty; lists are written a,b,c, with no comma at the end"
@@ -52,6 +57,8 @@ def find(path: str | os.PathLike) -> Place:
     path, given = local(path), path
     if not path.exists():
         raise FileNotFoundError(f"checkpoint {given} does not exist")
+    if path in above:
+        raise ValueError(f"{path} is not a checkpoint: its links lead back to itself")
     if (path / "_METADATA").is_file():
         return Place("orbax", path, path.parent if path.name == "params" else path)
     if (path / "params" / "_METADATA").is_file():
@@ -60,10 +67,10 @@ def find(path: str | os.PathLike) -> Place:
         return Place("safetensors", tensors, tensors.parent)
     for inner in (path / "pretrained_model", path / "checkpoints" / "last"):  # LeRobot's runs
         if inner.is_dir():
-            return find(inner)
+            return _find(inner, (*above, path))
     steps = steps_of(path)
     if len(steps) == 1:
-        return find(path / str(steps[0]))
+        return _find(path / str(steps[0]), (*above, path))
     if steps:
         raise ValueError(f"{path} holds the steps {steps}; say which, as {path / str(steps[-1])}")
     if sweep := sorted(p.name for p in path.glob("merge_ratio=*")):
@@ -122,7 +129,7 @@ def steps_of(directory: pathlib.Path) -> list[int]:
     return sorted(
         int(p.name)
         for p in directory.glob("[0-9]*")
-        if p.name.isdigit() and (p / "params").is_dir()
+        if p.name.isdecimal() and (p / "params").is_dir()
     )
 
 
@@ -159,4 +166,4 @@ def _is_checkpoint(path: str) -> bool:
 def _number(path: str) -> float:
     """The number a step is called by; what is not called by one comes last."""
     name = pathlib.Path(path).name
-    return float(name) if name.isdigit() else float("inf")
+    return float(name) if name.isdecimal() else float("inf")

@@ -68,8 +68,15 @@ class Leaf(abc.ABC):
             reader.close()
 
     def read(self) -> np.ndarray:
-        """The content, in the leaf's shape."""
-        out = np.empty(self.size, self.dtype)
+        """The content, in the leaf's shape. ValueError where it is damaged or does not fit."""
+        try:
+            out = np.empty(self.size, self.dtype)
+            out.reshape(self.shape)
+        except (MemoryError, ValueError) as error:
+            raise ValueError(
+                f"{self.where}: {self.path!r} is said to be {self.dtype} {self.shape}, "
+                f"{self.nbytes:,} bytes, which cannot be held: the file may be damaged"
+            ) from error
         with self.opened() as reader:
             reader.read(0, out)
         return out.reshape(self.shape)
@@ -79,8 +86,8 @@ class Slabs(Reader):
     """A reader for leaves that come in slabs: keeps the last slab until its end was read."""
 
     def __init__(self, leaf: Leaf):
-        self._leaf = leaf
-        self._start, self._slab = 0, np.empty(0, leaf.dtype)
+        self._leaf, self._nothing = leaf, np.empty(0, leaf.dtype)
+        self._start, self._slab = 0, self._nothing
 
     @abc.abstractmethod
     def slab(self, position: int) -> tuple[int, np.ndarray]:
@@ -91,14 +98,14 @@ class Slabs(Reader):
         while done < len(out):
             position = start + done
             if not self._start <= position < self._start + len(self._slab):
-                self._slab = self._slab[:0]  # let go before the next is read
+                self._slab = self._nothing  # let go before the next is read
                 self._start, self._slab = self.slab(position)
             inside = position - self._start
             count = min(len(out) - done, len(self._slab) - inside)
             out[done : done + count] = self._slab[inside : inside + count]
             done += count
             if inside + count == len(self._slab):
-                self._slab = self._slab[:0]
+                self._slab = self._nothing
 
 
 class Sink(abc.ABC):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,12 @@ class _Reader(leaves.Reader):
         leaf, target = self._leaf, memoryview(out.view(np.uint8))
         offset, done = leaf.offset + start * leaf.dtype.itemsize, 0
         while done < len(target):
-            count = os.preadv(self._descriptor, [target[done:]], offset + done)
+            try:
+                count = os.preadv(self._descriptor, [target[done:]], offset + done)
+            except OSError as error:  # of a disk that fails; the system does not say which file
+                raise OSError(
+                    f"{leaf.file}: {leaf.path!r} cannot be read: {error.strerror}"
+                ) from error
             if not count:
                 raise ValueError(
                     f"{leaf.file}: {leaf.path!r} ends early; the file was cut while it was read"
@@ -136,10 +142,10 @@ def _read_index(file: pathlib.Path) -> dict[str, str]:
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{file} has no 'weight_map' from tensors to shards; it is no index")
     for tensor, name in places.items():
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\\" in name:
+        if not _is_file_name(name):
             raise ValueError(
-                f"{file}: {tensor!r} is said to lie in {name!r}; shards must be files beside the "
-                "index"
+                f"{file}: {tensor!r} is said to lie in {files.reason(repr(name))}; shards must be "
+                "files beside the index"
             )
     missing = [n for n in dict.fromkeys(places.values()) if not (file.parent / n).is_file()]
     if missing:
@@ -148,6 +154,18 @@ def _read_index(file: pathlib.Path) -> dict[str, str]:
             f"{file.parent / missing[0]}: download them"
         )
     return places
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether this can be a shard: a file's name, of a length and of letters that names can have,
+    and no other file's that a mix writes.
+    """
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not {"/", "\\", "\0"} & set(name)
+        and len(name.encode(errors="replace")) <= 255
+    )
 
 
 def _open_file(file: pathlib.Path) -> tuple[dict[str, TensorLeaf], dict[str, str]]:
@@ -162,8 +180,8 @@ def _open_file(file: pathlib.Path) -> tuple[dict[str, TensorLeaf], dict[str, str
         raw = opened.read(length)
     header = _parse(raw, file)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{file}: '__metadata__' is {metadata!r}, expected names and texts")
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise ValueError(f"{file}: '__metadata__' is not what it should be, names and texts")
     found, end = {}, 0
     entries = {name: _entry(name, entry, file) for name, entry in header.items()}
     for name, (dtype, shape, begin, stop) in sorted(entries.items(), key=lambda e: e[1][2:]):
@@ -191,9 +209,13 @@ def _parse(raw: bytes, file: pathlib.Path) -> dict[str, Any]:
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        if re.search(rb"\\u[dD]", raw):  # halves of letters, which no file can be written with
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: the safetensors header is not readable ({error})") from error
-    if not isinstance(header, dict):
+        raise ValueError(
+            f"{file}: the safetensors header is not readable ({files.reason(error)})"
+        ) from error
+    if not isinstance(header, dict) or raw[:1] != b"{":
         raise ValueError(f"{file}: the safetensors header is not a JSON object")
     return header
 
@@ -207,12 +229,12 @@ def _entry(name: str, entry: Any, file: pathlib.Path) -> tuple[np.dtype, tuple[i
             raise ValueError(f"dtype {kind!r}, numbers {numbers}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file}: the header's entry of {name!r} is not a tensor's ({error})"
+            f"{file}: the header's entry of {name!r} is not a tensor's ({files.reason(error)})"
         ) from error
     if kind not in _DTYPES:
         raise ValueError(
-            f"{file}: {name!r} has dtype {kind}; {', '.join(_DTYPES)} are known. Convert the "
-            "checkpoint to bfloat16 or float32 first"
+            f"{file}: {name!r} has dtype {files.reason(kind)}; {', '.join(_DTYPES)} are known. "
+            "Convert the checkpoint to bfloat16 or float32 first"
         )
     dtype = _DTYPES[kind]
     if end - begin != math.prod(shape) * dtype.itemsize:
@@ -257,7 +279,7 @@ class TensorWriter(leaves.Sink):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         descriptor = os.open(self._directory / name, flags, 0o644)
         self._descriptors.append(descriptor)
-        os.pwrite(descriptor, len(raw).to_bytes(8, "little") + raw, 0)
+        _write_all(descriptor, memoryview(len(raw).to_bytes(8, "little") + raw), 0)
         os.ftruncate(descriptor, 8 + len(raw) + end)
         for tensor in tensors:
             begin, _ = header[tensor]["data_offsets"]
@@ -266,9 +288,7 @@ class TensorWriter(leaves.Sink):
     def write(self, path: str, start: int, values: np.ndarray) -> None:
         descriptor, offset = self._places[path]
         source = memoryview(np.ascontiguousarray(values).view(np.uint8))
-        offset, done = offset + start * values.dtype.itemsize, 0
-        while done < len(source):
-            done += os.pwrite(descriptor, source[done:], offset + done)
+        _write_all(descriptor, source, offset + start * values.dtype.itemsize)
 
     def finish(self) -> None:
         if self._layout.index:
@@ -282,6 +302,13 @@ class TensorWriter(leaves.Sink):
         descriptors, self._descriptors = self._descriptors, []
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _write_all(descriptor: int, source: memoryview, offset: int) -> None:
+    """A disk that is nearly full takes a part first; only the next call says so."""
+    done = 0
+    while done < len(source):
+        done += os.pwrite(descriptor, source[done:], offset + done)
 
 
 def write(

@@ -17,10 +17,20 @@ import numpy as np
 import pyarrow
 import tensorstore
 
+from policymix import files
 from policymix.checkpoints import leaves
 
-_HELD = 2**25  # bytes: slabs up to this size are decoded whole
+_HELD = 2**24  # bytes: slabs up to this size are decoded whole
 _PIECE = 2**20  # elements decoded from a stream at a time
+# Bytes that a chunk may have beyond those of its array: tensorstore allocates a chunk whole, and
+# where there is no such memory it ends the process.
+_PADDED = 2**26
+_DTYPES = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "bfloat16", "float16", "float32", "float64",
+)  # fmt: skip
+# What tensorstore and pyarrow raise at damaged content.
+_REFUSED = (ValueError, TypeError, IndexError, OverflowError, NotImplementedError, OSError)
 
 
 class Span(NamedTuple):
@@ -84,7 +94,8 @@ class ZarrLeaf(leaves.Leaf):
         """The streams of a leaf that is one large slab of zstd chunks; None where it is read in
         slabs.
         """
-        if self.slab_size * self.dtype.itemsize <= _HELD or self.slab_size < self.size:
+        large = self.slab_size * self.dtype.itemsize > _HELD and self.slab_size == self.size
+        if not self.shape or not large:
             return None
         described = self._array.spec().to_json()
         metadata = described.get("metadata", {})
@@ -95,15 +106,19 @@ class ZarrLeaf(leaves.Leaf):
             return None
         counts = [-(-s // c) for s, c in zip(self.shape, self._chunk, strict=True)]
         split = [i for i, count in enumerate(counts) if count > 1] or [self._axis]
-        if any(self.shape[i] % self._chunk[i] for i in split[:-1]):
-            return None
+        whole = [s == c * n for s, c, n in zip(self.shape, self._chunk, counts, strict=True)]
+        if not all(w for i, w in enumerate(whole) if i != split[-1]):
+            return None  # padded along more than the last of them
         name, separator = self._database.name(self.path), metadata.get("dimension_separator", ".")
-        spans = {
-            tuple(index[i] for i in split): self._database.span(
-                f"{name}/{separator.join(map(str, index))}"
-            )
-            for index in np.ndindex(*counts)
-        }
+        try:
+            spans = {
+                tuple(index[i] for i in split): self._database.span(
+                    f"{name}/{separator.join(map(str, index))}"
+                )
+                for index in np.ndindex(*counts)
+            }
+        except _REFUSED as error:
+            raise self.damaged(error) from error
         return None if None in spans.values() else _Grid(split, spans)
 
     def reader(self) -> leaves.Reader:
@@ -115,8 +130,8 @@ class ZarrLeaf(leaves.Leaf):
 
 
 def damaged(item: pathlib.Path, path: str, error: Exception | str) -> ValueError:
-    """What to say when a key of an item cannot be read; without the pages tensorstore adds."""
-    reason = str(error).split(" [tensorstore_spec")[0].split("\n")[0]
+    """What to say when a key of an item cannot be read."""
+    reason = files.reason(error)
     return ValueError(f"{item}: cannot read {path!r}; a file is missing or damaged ({reason})")
 
 
@@ -133,7 +148,7 @@ class _Slabs(leaves.Slabs):
             index = np.unravel_index(outer, leaf.shape[:a]) if a else ()
             where = (*map(int, index), slice(first, min(first + step, leaf.shape[a])))
             content = leaf._array[where].read().result()
-        except ValueError as error:
+        except _REFUSED as error:
             raise leaf.damaged(error) from error
         return (outer * leaf.shape[a] + first) * inner, content.reshape(-1)
 
@@ -179,10 +194,10 @@ class _Streams(leaves.Reader):
         self._position, self._rest = 0, self._rest[:0]
         try:
             for index, span in self._grid.spans.items():
-                file = pyarrow.OSFile(str(span.file))
-                file.seek(span.offset)
-                self._streams[index] = pyarrow.CompressedInputStream(file, "zstd")
-        except OSError as error:
+                # The span alone: what follows it in the file belongs to another chunk.
+                raw = pyarrow.OSFile(str(span.file)).get_stream(span.offset, span.length)
+                self._streams[index] = pyarrow.CompressedInputStream(raw, "zstd")
+        except _REFUSED as error:
             raise self._leaf.damaged(error) from error
 
     def _of_row(self, row: int) -> list[pyarrow.CompressedInputStream]:
@@ -200,6 +215,18 @@ class _Streams(leaves.Reader):
                 count = self._part_of_rest(out[done:])
             done += count
             self._position += count
+        if self._position == self._leaf.size:
+            self._check_ends()
+
+    def _check_ends(self) -> None:
+        """A chunk that holds more than it should is of another shape or dtype, or damaged."""
+        for stream in self._streams.values():
+            try:
+                more = stream.read(1)
+            except _REFUSED as error:
+                raise self._leaf.damaged(error) from error
+            if more:
+                raise self._leaf.damaged("its compressed content is longer than its shape")
 
     def _part_of_row(self, out: np.ndarray) -> int:
         """Decodes straight to its place what is left of a row in one stream; returns how much."""
@@ -255,23 +282,42 @@ class Database:
         """The key under which an array is stored."""
         return self._names[path]
 
-    def open(self, stored: str, path: str, *, zarr3: bool, sparse: bool):
+    def begin(self, stored: str, path: str, *, zarr3: bool, sparse: bool) -> tensorstore.Future:
         """Begins to open an array by its name in the item, which will be known as `path`."""
         self._names[path] = stored.replace("/", ".")
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.item}/"}
+        kvstore = directory(self.item)
         if self.ocdbt:
-            kvstore = {"driver": "ocdbt", "base": kvstore}
-        kvstore["path"] = ("" if self.ocdbt else f"{self.item}/") + self._names[path] + "/"
-        return tensorstore.open(
-            {
-                "driver": "zarr3" if zarr3 else "zarr",
-                "kvstore": kvstore,
-                "fill_missing_data_reads": sparse,
-            },
-            read=True,
-            open=True,
-            context=self._context,
-        )
+            kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{self._names[path]}/"}
+        else:
+            kvstore["path"] += f"{self._names[path]}/"
+        spec = {
+            "driver": "zarr3" if zarr3 else "zarr",
+            "kvstore": kvstore,
+            "fill_missing_data_reads": sparse,
+        }
+        try:
+            return tensorstore.open(spec, read=True, open=True, context=self._context)
+        except _REFUSED as error:  # a name that tensorstore cannot take
+            raise damaged(self.item, path, error) from error
+
+    def leaf(self, path: str, opening: tensorstore.Future) -> ZarrLeaf:
+        """The array that `begin` began to open. ValueError if it is damaged."""
+        try:
+            array = opening.result()
+        except _REFUSED as error:
+            raise damaged(self.item, path, error) from error
+        shape, dtype = tuple(array.shape), array.dtype
+        if dtype.name not in _DTYPES:
+            raise ValueError(
+                f"{self.item}: {path!r} has dtype {dtype.name}; {', '.join(_DTYPES)} are known. "
+                "Convert the checkpoint to bfloat16 or float32 first"
+            )
+        limit = math.prod(shape) * dtype.numpy_dtype.itemsize + _PADDED
+        layout = array.chunk_layout
+        for chunk in (layout.read_chunk.shape, layout.write_chunk.shape):
+            if chunk and math.prod(chunk) * dtype.numpy_dtype.itemsize > limit:
+                raise damaged(self.item, path, f"chunks of {tuple(chunk)} for an array of {shape}")
+        return ZarrLeaf(shape, dtype.numpy_dtype, path, self.item, array, self)
 
     def span(self, key: str) -> Span | None:
         """Where the bytes of a key lie; None if that cannot be told."""
@@ -283,7 +329,7 @@ class Database:
     @functools.cached_property
     def _spans(self) -> Mapping[str, Span]:
         """The values that lie in data files, by key, where the root node lists them all."""
-        base = tensorstore.KvStore.open(f"file://{self.item}/").result()
+        base = tensorstore.KvStore.open(directory(self.item)).result()
         manifest = tensorstore.ocdbt.dump(base).result()
         if not manifest.get("versions"):
             return {}
@@ -298,3 +344,8 @@ class Database:
                 span = Span(self.item / (base_path + file), int(offset), int(length))
                 found[entry["key"].decode()] = span
         return found
+
+
+def directory(path: pathlib.Path) -> dict[str, Any]:
+    """tensorstore's word for a directory; in a URL some letters of its name would need escapes."""
+    return {"driver": "file", "path": f"{path}/"}

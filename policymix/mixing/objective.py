@@ -11,8 +11,8 @@ n checkpoints, G groups.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from policymix import trees as tree_lib
-from policymix.structs import LossFn, Params, PyTree
+from policymix.structs import LossFn, Metrics, Params, PyTree
 
 Coefficients = Any  # [n] array, or {path regex: [n] array}
 ResidualFn = Callable[[Params, Any, jax.Array], jax.Array]  # residual_fn(params, batch, key)
@@ -32,11 +32,13 @@ class Objective(NamedTuple):
     Attributes:
       value: (c, batch=None) → mean loss over all batches, or the loss of one batch by number.
       value_and_grad: (c, batch=None) → (loss, ∂loss/∂c with the structure of c).
-      gauss_newton: (c, batch=None, on_simplex=False) → (loss, gradient 2 Jᵀr / N [n G], curvature
-        2 JᵀJ / N [n G, n G]) of a loss rᵀr / N, N the number of elements of r, with the groups of c
-        one after another; numpy, float64. `on_simplex` leaves out, for each group, the direction in
-        which all its coefficients grow together: one column less to compute, and the numbers then
-        hold only for changes that leave the sum of every group as it is.
+      gauss_newton: (c, batch=None, on_simplex=False, proceed=None) → (loss, gradient 2 Jᵀr / N
+        [n G], curvature 2 JᵀJ / N [n G, n G]) of a loss rᵀr / N, N the number of elements of r,
+        with the groups of c one after another; numpy, float64. `on_simplex` leaves out, for each
+        group, the direction in which all its coefficients grow together: one column less to
+        compute, and the numbers then hold only for changes that leave the sum of every group as it
+        is. `proceed` is asked with the loss, which the first column brings along, whether the other
+        columns are wanted; if not, gradient and curvature are None.
       num_batches: how many batches there are; searches step through them.
     """
 
@@ -67,81 +69,125 @@ def in_memory(
       residual_fn: (params, batch, key) → any array whose mean square is the loss of `loss_fn`;
         without it there is no `gauss_newton`.
     """
-    if not batches:
-        raise ValueError("an objective needs at least one validation batch")
     for index, tree in enumerate(trees[1:], 1):
         tree_lib.check_same(trees[0], tree, names=("checkpoint 0", f"checkpoint {index}"))
+    return of_source(loss_fn, _Held(tuple(trees)), batches, key, residual_fn)
+
+
+class Source(Protocol):
+    """Where n parameter trees come from: memory, or a disk.
+
+    Attributes:
+      n: how many there are.
+    """
+
+    n: int
+
+    def combine(self, groups: tuple[str, ...], coefficients: Sequence[jax.Array]) -> Params:
+        """θ(c), with [n] coefficients for each group of paths."""
+
+    def project(self, groups: tuple[str, ...], grads: Params) -> list[jax.Array]:
+        """⟨grads, θ_k⟩ for every k, [n] for each group of paths."""
+
+    def along(self, k: int) -> tuple[Params, Params, np.float32]:
+        """(a, b, less) with a - less b = θ_k - θ_0, or θ_0 for k = 0."""
+
+
+class _Held(NamedTuple):
+    """Trees in memory, whole or sharded."""
+
+    trees: tuple[Params, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.trees)
+
+    def combine(self, groups, coefficients) -> Params:
+        return _combine(groups, coefficients, self.trees)
+
+    def project(self, groups, grads) -> list[jax.Array]:
+        return _project(groups, grads, self.trees)
+
+    def along(self, k: int) -> tuple[Params, Params, np.float32]:
+        return self.trees[k], self.trees[0], np.float32(k > 0)
+
+
+def of_source(
+    loss_fn: LossFn,
+    source: Source,
+    batches: Sequence[PyTree],
+    key: jax.Array,
+    residual_fn: ResidualFn | None = None,
+) -> Objective:
+    """The objective of trees wherever they are; arguments as those of `in_memory`."""
+    if not batches:
+        raise ValueError("an objective needs at least one validation batch")
     keys = list(
         key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batches)))
     )
     if len(keys) != len(batches):
         raise ValueError(f"{len(batches)} batches need {len(batches)} keys, got {len(keys)}")
 
-    def mean(function, c, batch, model=loss_fn):
-        """The mean of function(model, θ(c), batch, key) over the chosen batches; the mix is made
+    def mean(function, c, batch):
+        """The mean of function(loss_fn, θ(c), batch, key) over the chosen batches; the mix is made
         once.
         """
-        mixed = _combine(*_ordered(c), trees)
+        mixed = source.combine(*_ordered(c))
         chosen = range(len(batches)) if batch is None else [batch]
 
-        def evaluate(i):  # a clone: that the key is used again is meant
-            return function(model, mixed, batches[i], jax.random.clone(keys[i]))
+        def of(i):  # a clone: that the key is used again is meant
+            return function(loss_fn, mixed, batches[i], jax.random.clone(keys[i]))
 
-        total = evaluate(chosen[0])
+        total = of(chosen[0])
         for i in chosen[1:]:
-            total = jax.tree.map(jnp.add, total, evaluate(i))
+            total = jax.tree.map(jnp.add, total, of(i))
         return jax.tree.map(lambda x: x / len(chosen), total)
 
     def value_and_grad(c, batch=None):
         value, grads = mean(_loss_and_grad, c, batch)
         groups, _ = _ordered(c)
-        dots = _project(groups, grads, trees)
+        dots = source.project(groups, grads)
         return value, dict(zip(groups, dots, strict=True)) if isinstance(c, Mapping) else dots[0]
 
-    def gauss_newton(c, batch=None, on_simplex=False):
+    def gauss_newton(c, batch=None, on_simplex=False, proceed=None):
         if residual_fn is None:
             raise ValueError(
                 "gauss_newton needs the residual whose mean square the loss is: pass residual_fn "
                 "to the objective, or use a search that does without (bfgs)"
             )
         groups, ordered = _ordered(c)
-        n = len(trees)
-        # Column 0 of a group is along θ_0 itself, column k along θ_k - θ_0: fine-tunes of one base
-        # are alike, and their differences would drown in the rounding of the whole.
-        chosen = range(1 if on_simplex and n > 1 else 0, n)
-        columns = [(group, k) for group in range(len(groups)) for k in chosen]
-
-        def products(residual_fn, mixed, batch, key):
-            found = [
-                _column(
-                    (residual_fn, groups),
-                    mixed,
-                    (trees[k], trees[0], np.float32(k > 0)),
-                    np.eye(len(groups), dtype=np.float32)[group],
-                    batch,
-                    jax.random.clone(key),
-                )
-                for group, k in columns
-            ]
-            return _gram([found[0][0], *(column for _, column in found)])
-
-        gram = np.asarray(mean(products, c, batch, residual_fn), np.float64)
-        # J = columns @ back: all n columns of a group share the one along θ_0.
-        back = np.zeros((len(columns), len(groups) * n))
-        for row, (group, k) in enumerate(columns):
-            back[row, group * n + (np.arange(n) if k == 0 else k)] = 1
-        return gram[0, 0], 2 * back.T @ gram[1:, 0], 2 * back.T @ gram[1:, 1:] @ back
+        mixed, loss = source.combine(groups, ordered), None
+        chosen = range(len(batches)) if batch is None else [batch]
+        columns = [[] for _ in chosen]  # of each batch: r, then ∂r/∂θ times each direction
+        for direction in _directions(source, len(groups), on_simplex):
+            for found, i in zip(columns, chosen, strict=True):
+                key = jax.random.clone(keys[i])
+                r, column = _column((residual_fn, groups), mixed, direction, batches[i], key)
+                found += [column] if found else [r, column]
+            if loss is None:
+                loss = float(np.mean([np.asarray(_gram(found[:1])) for found in columns]))
+                if proceed is not None and not proceed(loss):
+                    return loss, None, None
+        gram = np.mean([np.asarray(_gram(found), np.float64) for found in columns], axis=0)
+        back = _by_checkpoint(len(gram) - 1, source.n, len(groups))
+        return loss, 2 * back.T @ gram[1:, 0], 2 * back.T @ gram[1:, 1:] @ back
 
     return Objective(
-        lambda c, batch=None: mean(_loss, c, batch), value_and_grad, gauss_newton, len(batches)
+        lambda c, batch=None: mean(lambda *of: evaluate(*of)[0], c, batch),
+        value_and_grad,
+        gauss_newton,
+        len(batches),
     )
 
 
 # Compiled once per loss function, so that objectives on other batches of the same shapes share the
 # work.
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(loss_fn: LossFn, mixed: Params, batch: PyTree, key: jax.Array) -> jax.Array:
-    return loss_fn(mixed, batch, key)[0]
+def evaluate(
+    loss_fn: LossFn, params: Params, batch: PyTree, key: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """loss_fn(params, batch, key), as the objectives of this loss function compile it."""
+    return loss_fn(params, batch, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,27 +195,53 @@ def _loss_and_grad(loss_fn: LossFn, mixed: Params, batch: PyTree, key: jax.Array
     return jax.value_and_grad(lambda mixed: loss_fn(mixed, batch, key)[0])(mixed)
 
 
+class _Direction(NamedTuple):
+    """a - less b in the paths of one group, and no change elsewhere."""
+
+    a: Params
+    b: Params
+    less: np.float32
+    group: np.ndarray  # [G], one at the group
+
+
+def _directions(source: Source, num_groups: int, on_simplex: bool) -> Iterator[_Direction]:
+    """θ_0 itself, unless c stays on the simplex, then θ_k - θ_0 for every other k; each in every
+    group before the next is fetched.
+
+    Fine-tunes of one base are alike: the column of a difference is precise where the difference of
+    two columns would be rounding.
+    """
+    for k in range(1 if on_simplex and source.n > 1 else 0, source.n):
+        along = source.along(k)
+        for group in np.eye(num_groups, dtype=np.float32):
+            yield _Direction(*along, group)
+
+
+def _by_checkpoint(num_directions: int, n: int, num_groups: int) -> np.ndarray:
+    """T [directions, n G]: ∂r/∂c = columns @ T, since θ_k is θ_0 and θ_k - θ_0."""
+    one = np.eye(n)
+    one[0] = 1
+    one = one[n - num_directions // num_groups :]
+    both = np.einsum("dk,gh->dghk", one, np.eye(num_groups))
+    return both.reshape(num_directions, num_groups * n)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _column(static, mixed: Params, along: tuple, group: jax.Array, batch: PyTree, key: jax.Array):
-    """(r, (∂r/∂θ) (θ_k - less θ_0)), of the direction only what belongs to the group.
+def _column(static, mixed: Params, direction: _Direction, batch: PyTree, key: jax.Array):
+    """(r, ∂r/∂θ times the direction); `static` is residual_fn and the regexes of the groups.
 
     `jax.jvp` and not `jax.linearize`: nothing of the forward pass is kept for other directions, and
-    on CPU doing it again is faster than reading it back.
-
-    Args:
-      static: residual_fn and the regexes of the groups.
-      along: θ_k, θ_0, and `less`, a number. group: [G], one at the group, zero elsewhere.
+    on CPU computing it again is faster than reading it back.
     """
     residual_fn, groups = static
-    tree, origin, less = along
     flat, tangent = tree_lib.flatten(mixed), {}
     rules = [(g, i) for i, g in enumerate(groups)]
     group_of = tree_lib.match(rules, list(flat), what="coefficients")
-    origin = tree_lib.flatten(origin)
-    for path, leaf in tree_lib.flatten(tree).items():
+    others = tree_lib.flatten(direction.b)
+    for path, leaf in tree_lib.flatten(direction.a).items():
         wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        step = jnp.asarray(leaf, wide) - less * jnp.asarray(origin[path], wide)
-        tangent[path] = (group[group_of[path]] * step).astype(flat[path].dtype)
+        step = jnp.asarray(leaf, wide) - direction.less * jnp.asarray(others[path], wide)
+        tangent[path] = (direction.group[group_of[path]] * step).astype(flat[path].dtype)
 
     def residual(flat):
         return residual_fn(tree_lib.unflatten(flat), batch, key)

@@ -1,13 +1,15 @@
 """Quadratic programmes over simplices: the small problem inside every second-order search.
 
-Coefficients of n checkpoints lie on a simplex: c ≥ 0, Σ c = 1. With groups of parameters they lie on
-a product of simplices, one beside the other in a flat vector.
+Coefficients of n checkpoints lie on a simplex: c ≥ 0, Σ c = 1. With groups of parameters they lie
+on a product of simplices, one after another in a flat vector.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from policymix.mixing import rules
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -61,6 +63,54 @@ def tangent(sizes: Sequence[int]) -> np.ndarray:
     return basis
 
 
+class Space(NamedTuple):
+    """The simplex of a set of coefficients, or of one set for each group of paths.
+
+    Attributes:
+      groups: the path regexes; () where one set serves the whole tree.
+      sizes: n for each group.
+      along: the projector [n G, n G] onto directions that keep the sum of every group.
+    """
+
+    groups: tuple[str, ...]
+    sizes: tuple[int, ...]
+    along: np.ndarray
+
+    @classmethod
+    def of(cls, n: int, groups: Sequence[str] = ()) -> "Space":
+        sizes = (n,) * max(len(groups), 1)
+        basis = tangent(sizes)
+        return cls(tuple(groups), sizes, basis @ basis.T)
+
+    def split(self, flat: np.ndarray) -> Any:
+        """[n G] → [n], or {regex: [n]}."""
+        rows = flat.reshape(len(self.sizes), -1)
+        return dict(zip(self.groups, rows, strict=True)) if self.groups else rows[0]
+
+    def join(self, c: Any) -> np.ndarray:
+        """[n], or {regex: [n]} → [n G], float64."""
+        rows = [c[group] for group in self.groups] if self.groups else [c]
+        return np.concatenate([np.asarray(row, np.float64) for row in rows])
+
+    def start(self, c: Any = None) -> np.ndarray:
+        """Coefficients to start from, flat; 1/n each by default. ValueError off the simplex."""
+        if c is None:
+            return np.concatenate([rules.uniform(n) for n in self.sizes])
+        n, rows = self.sizes[0], [c[group] for group in self.groups] if self.groups else [c]
+        for row in map(np.asarray, rows):
+            if row.shape != (n,) or not (np.all(row >= 0) and abs(row.sum() - 1) < 1e-6):
+                raise ValueError(
+                    f"a search starts from {n} coefficients in each of {len(self.sizes)} group(s), "
+                    f"not negative and with a sum of one; got {c}"
+                )
+        return self.join(c)
+
+    def step(self, c: np.ndarray, gradient: np.ndarray, curvature: np.ndarray):
+        """The best step from c by a quadratic model, and the gain that it promises."""
+        step = minimize(curvature, gradient, c, self.sizes) - c
+        return step, -(gradient @ step + 0.5 * step @ curvature @ step)
+
+
 class _Programme(NamedTuple):
     """½ δᵀ H δ + gᵀ δ of δ = c - origin, with what no δ can see taken out of H and g."""
 
@@ -92,7 +142,7 @@ class _Programme(NamedTuple):
         return self.gradient + self.curvature @ (c - self.origin)
 
     def descend(self, c: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The minimum over the free coefficients, which become fewer where a bound is in the way."""
+        """The minimum over the free coefficients, fewer where a bound is in the way."""
         while True:
             step, bounded = self._step(c, free)
             falling = step < 0

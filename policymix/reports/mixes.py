@@ -10,6 +10,7 @@ import numpy as np
 from policymix import files
 from policymix.reports import pages, tables
 
+_LINES = ("-", "--", ":", "-.")
 _SELECTION, _HELD_OUT, _MIX = "#7a9cc6", "#2f4b7c", "#d1495b"
 
 
@@ -18,26 +19,43 @@ def _number(value: float | None, form: str = ".5f") -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The inputs with their coefficients and losses, and the mix, and what the distances mean."""
+    """The inputs with their coefficients and losses, and the mix; what the distances mean, and
+    what to do.
+    """
     names = tables.labels([entry["path"] for entry in report["inputs"]])
     losses = [entry["loss"] or {} for entry in report["inputs"]]
-    coefficients = report.get("coefficients", [None] * len(names))
+    groups = _by_group(report.get("coefficients", [None] * len(names)))
     rows = [
-        [name, _number(c, ".4f"), _number(loss.get("selection")), _number(loss.get("held_out"))]
-        for name, c, loss in zip(names, coefficients, losses, strict=True)
+        [
+            name,
+            *(_number(c[k], ".4f") for c in groups.values()),
+            *(_number(loss.get(which)) for which in ("selection", "held_out")),
+        ]
+        for k, (name, loss) in enumerate(zip(names, losses, strict=True))
     ]
     mixes = report.get("sweep") or [
         {"merge_ratio": report.get("merge_ratio"), "loss": report["loss"]}
     ]
     for mix in mixes:
         ratio = mix["merge_ratio"]
-        name = "mix" if ratio is None else f"merge_ratio {ratio:g}"
+        name = f"merge_ratio {ratio:g}" if isinstance(ratio, float) else "mix"
         loss = mix["loss"] or {}
-        rows.append([name, "", _number(loss.get("selection")), _number(loss.get("held_out"))])
-    text = tables.table(rows, ["", "coefficient", "selection loss", "held-out loss"])
-    return "\n".join(
-        [text, *filter(None, [_verdict(losses, mixes), report.get("geometry", {}).get("meaning")])]
-    )
+        shown = [_number(loss.get("selection")), _number(loss.get("held_out"))]
+        rows.append([name, *("" for _ in groups), *shown])
+    columns = [name or "coefficient" for name in groups]
+    text = tables.table(rows, ["", *columns, "selection loss", "held-out loss"])
+    advice = report.get("advice", {}).get("recommendation")
+    told = [
+        _verdict(losses, mixes),
+        report.get("geometry", {}).get("meaning"),
+        advice and f"advice: {advice}",
+    ]
+    return "\n".join([text, *filter(None, told)])
+
+
+def _by_group(coefficients: Any) -> dict[str, Sequence]:
+    """Coefficients by the name of their group; "" where there are no groups."""
+    return coefficients if isinstance(coefficients, dict) else {"": coefficients}
 
 
 def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
@@ -90,12 +108,24 @@ def draw(report: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def _draw_coefficients(axis, report, names) -> None:
-    bars = axis.bar(range(len(names)), report["coefficients"], color=_SELECTION)
-    axis.bar_label(bars, fmt="%.3f", padding=2)
+    groups = _by_group(report["coefficients"])
+    places, width = np.arange(len(names)), 0.8 / len(groups)
+    for i, (name, c) in enumerate(groups.items()):
+        offset = (i - (len(groups) - 1) / 2) * width
+        color = f"C{i}" if name else _SELECTION
+        bars = axis.bar(places + offset, c, width, color=color, label=name or None)
+        small = {"fontsize": 7, "rotation": 90} if len(groups) > 1 else {}
+        written = [f"{x:.2f}" if small else f"{x:.3f}" for x in c]
+        written = [
+            "" if small and abs(x) < 5e-3 else text for x, text in zip(c, written, strict=True)
+        ]
+        axis.bar_label(bars, written, padding=2, **small)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.margins(y=0.15)
-    axis.set_xticks(range(len(names)), names)
+    axis.margins(y=0.4 if len(groups) > 1 else 0.15)
+    axis.set_xticks(places, names)
     axis.set_title("coefficients")
+    if len(groups) > 1:
+        axis.legend(loc="upper center", ncols=2, fontsize=8)
 
 
 def _draw_losses(axis, report, names) -> None:
@@ -124,15 +154,29 @@ def _draw_losses(axis, report, names) -> None:
 
 def _draw_history(axis, report, names) -> None:
     rows = [row for row in report["history"] if row.get("batch", 0) is not None]
+    rows = rows or report["history"]  # a search on all batches has no others
     steps = [row["step"] for row in rows]
-    values = np.array([row["coefficients"] for row in rows])
-    for k in range(values.shape[1]):
-        axis.plot(steps, values[:, k], marker=".", label=names[len(names) - values.shape[1] + k])
-    axis.set_ylim(min(0, values.min()), values.max() * 1.1)
+    lowest, highest = 0.0, 0.0
+    for i, group in enumerate(_by_group(rows[0]["coefficients"])):
+        values = np.array([_by_group(row["coefficients"])[group] for row in rows])
+        lowest, highest = min(lowest, values.min()), max(highest, values.max())
+        for k in range(values.shape[1]):
+            axis.plot(
+                steps,
+                values[:, k],
+                _LINES[i % len(_LINES)],
+                marker=".",
+                color=f"C{k}",
+                # A colour for each input, a line for each group.
+                label=names[len(names) - values.shape[1] + k] if i == 0 else None,
+            )
+        if group:
+            axis.plot([], [], _LINES[i % len(_LINES)], color="black", label=group)
+    axis.set_ylim(lowest, highest * 1.1)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step")
     axis.set_title("coefficients during the search")
-    axis.legend()
+    axis.legend(fontsize=8)
 
 
 def _draw_distances(axis, report, names) -> None:

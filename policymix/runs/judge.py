@@ -18,7 +18,7 @@ from policymix.mixing import objective as objective_lib
 from policymix.models import pi0
 from policymix.runs import policies
 from policymix.runs.inputs import Inputs
-from policymix.structs import Params
+from policymix.structs import LossFn, Params
 from policymix.transforms import normalize
 
 
@@ -42,7 +42,7 @@ class Judge:
         self.warnings: list[str] = []
         self.mesh = sharding.mesh(fsdp_devices) if fsdp_devices > 1 else None
         self.examples: dict[tuple[str, str], np.ndarray] = {}
-        self._loss_fn = policies.loss_fn(model)
+        self._loss_fn = _loss_fn(model)
         self._residual_fn = policies.residual_fn(model)
         keys = jax.random.split(jax.random.key(seed))
         self._sets = {
@@ -107,7 +107,11 @@ class Judge:
         params, result = self._placed(tree), {}
         for which, (batches, key) in self._sets.items():
             examples = [
-                np.asarray(_examples(self.model, params, batch, jax.random.fold_in(key, i)))
+                np.asarray(
+                    objective_lib.evaluate(
+                        self._loss_fn, params, batch, jax.random.fold_in(key, i)
+                    )[1]["examples"]
+                )
                 for i, batch in enumerate(batches)
             ]
             self.examples[name, which] = np.concatenate([np.empty(0), *examples])
@@ -162,10 +166,18 @@ class Judge:
         return f"validation {self.path}: {chosen} batches to select on, {held} held out"
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _examples(model: pi0.Pi0Config, params: Params, batch, key: jax.Array) -> jax.Array:
-    """The loss of each example, [b]."""
-    return jnp.mean(pi0.residual(model, params, batch, key) ** 2, axis=(1, 2))
+@functools.cache
+def _loss_fn(model: pi0.Pi0Config) -> LossFn:
+    """The loss of a batch, with that of its examples, [b], among the metrics.
+
+    One object per model, so that what was compiled for it is found again.
+    """
+
+    def loss_fn(params, batch, key):
+        examples = jnp.mean(pi0.residual(model, params, batch, key) ** 2, axis=(1, 2))
+        return jnp.mean(examples), {"examples": examples}
+
+    return loss_fn
 
 
 def in_memory(inputs: Inputs, wanted: str, mesh) -> bool:

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from policymix import files, memory, metrics, trees
+from policymix import files, hub, memory, metrics, trees
 from policymix.checkpoints import assets, layout, provenance, store, streaming
 from policymix.data import validation as validation_lib
 from policymix.models import siglip
@@ -54,6 +54,8 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
         print("dry run: nothing was computed, nothing was written")
         return {}
 
+    if inputs.output.format != "orbax":  # blocks of one size come and go
+        memory.keep_freed()
     num_mixes = len(request.ratios) if method == "interpolate" and not repeat else 1
     files.check_space(request.output, num_mixes * inputs.nbytes)
     told = _describe(task)
@@ -62,7 +64,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
             report = _write_sweep(task, told, partial)
         else:
             found = searches.search_for(task, [entry["loss"] for entry in told["inputs"]])
-            told["history"] = [_jsonable(row) for row in found.history]
+            told["history"] = [_jsonable(row, task.groups) for row in found.history]
             if method == "interpolate" and not repeat:
                 told["merge_ratio"] = request.ratios[0]
             report = _write(task, found.coefficients, told, partial)
@@ -199,7 +201,7 @@ def _describe(task: Task) -> dict[str, Any]:
         "groups": task.groups or None,
         "inputs": [
             {
-                "path": str(one.place.params if "://" in one.name else files.local(one.name)),
+                "path": one.name if hub.is_remote(one.name) else str(files.local(one.name)),
                 "fingerprint": fingerprint,
                 "format": one.format,
                 "loss": loss,
@@ -306,9 +308,11 @@ def _print_plan(task: Task) -> None:
     print(f"({devices[0].platform})")
     for line in task.inputs.summary():
         print(f"  {line}")
-    for name, regex in task.groups.items():
-        sizes = trees.match([(regex, True)], list(task.inputs.leaves[0]), what=name, default=False)
-        print(f"  group {name}: {sum(sizes.values())} arrays match {regex!r}")
+    if task.groups:
+        rules = [(regex, name) for name, regex in task.groups.items()]
+        named = list(trees.match(rules, list(task.inputs.leaves[0]), what="groups").values())
+        counts = ", ".join(f"{name} {named.count(name)}" for name in task.groups)
+        print(f"  arrays in groups: {counts}")
     if task.judge:
         print(f"  {task.judge.summary()}")
         for warning in task.judge.warnings:
@@ -320,12 +324,11 @@ def _count(names: Sequence[str]) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
+def _jsonable(row: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str, Any]:
     """A row of a search's history in JSON's words."""
 
     def plain(value):
-        if isinstance(value, Mapping):
-            return {key: plain(v) for key, v in value.items()}
         return np.asarray(value).tolist() if isinstance(value, np.ndarray | jax.Array) else value
 
-    return {key: plain(value) for key, value in row.items()}
+    c = {"coefficients": requests.named_coefficients(row["coefficients"], groups)}
+    return {key: plain(value) for key, value in row.items()} | c

@@ -10,6 +10,7 @@ import pytest
 
 from policymix import trees
 from policymix.checkpoints import provenance, store, streaming
+from policymix.mixing.objective import in_memory
 from tests import oracle
 
 NAMES = ("one", "two", "three")
@@ -168,3 +169,39 @@ def test_one_input_with_coefficient_one_is_itself_bit_for_bit(written):
     tree = _trees(np.float32, 1)[0]
     mixed = streaming.combine([written(tree)], [1.0], NAMES[:1]).params
     assert jax.tree.all(jax.tree.map(np.array_equal, mixed, tree))
+
+
+@pytest.mark.parametrize("groups", [None, ("a/.*", ".*")])
+def test_an_objective_on_disk_is_that_in_memory(written, groups):
+    rng = np.random.default_rng(0)
+    many = [
+        {"a": {"w": rng.standard_normal((30, 4)).astype(kind)}, "b": np.asarray(k, np.float32)}
+        for k, kind in enumerate((np.float32, jnp.bfloat16, np.float32))
+    ]
+    goals = [rng.standard_normal((30, 4)).astype(np.float32) for _ in range(2)]
+
+    def residual(params, batch, key):
+        del key
+        return jnp.sin(params["a"]["w"].astype(jnp.float32)) * (1 + params["b"]) - batch
+
+    def loss(params, batch, key):
+        return jnp.mean(residual(params, batch, key) ** 2), {}
+
+    key = jax.random.key(0)
+    held = in_memory(loss, many, goals, key, residual)
+    flats = [trees.flatten(written(tree)) for tree in many]
+    streamed = streaming.objective(loss, flats, goals, key, residual, names=NAMES)
+    c = np.float32([0.2, 0.5, 0.3])
+    c = c if groups is None else {group: c * (1 + i) for i, group in enumerate(groups)}
+    for batch in (None, 1):
+        np.testing.assert_allclose(held.value(c, batch), streamed.value(c, batch), rtol=1e-5)
+        for one, other in zip(
+            jax.tree.leaves(held.value_and_grad(c, batch)),
+            jax.tree.leaves(streamed.value_and_grad(c, batch)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+        for one, other in zip(
+            held.gauss_newton(c, batch), streamed.gauss_newton(c, batch), strict=True
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)

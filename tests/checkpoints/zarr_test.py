@@ -118,15 +118,15 @@ def test_blocks_may_be_written_in_any_order(tmp_path, monkeypatch):
     [
         ((), 4, ()),
         ((3, 5), 4, (3, 5)),
-        ((257_152, 2048), 4, (2009, 2048)),  # a divisor
-        ((18, 2, 2048, 16_384), 4, (1, 1, 256, 16_384)),
-        ((18, 16_384, 2048), 2, (1, 4096, 2048)),
-        ((3, 10_000_019), 4, (1, 4_194_304)),  # a prime is cut with a rest
+        ((257_152, 2048), 4, (896, 2048)),  # a divisor
+        ((18, 2, 2048, 16_384), 4, (1, 1, 128, 16_384)),
+        ((18, 16_384, 2048), 2, (1, 2048, 2048)),
+        ((3, 10_000_019), 4, (1, 2_097_152)),  # a prime is cut with a rest
         ((1, 256, 1152), 4, (1, 256, 1152)),
         ((0, 4), 4, (1, 4)),
     ],
 )
-def test_chunks_are_ranges_of_at_most_sixteen_mebibytes(shape, itemsize, expected):
+def test_chunks_are_ranges_of_at_most_eight_mebibytes(shape, itemsize, expected):
     assert items.chunk_shape(shape, itemsize) == expected
 
 

@@ -141,6 +141,21 @@ def test_loss_draws_noise_and_times_as_openpi_does(model, loss_and_grads):
     np.testing.assert_allclose(value, oracle.forward(model)["out/loss"].mean(), rtol=0, atol=1e-5)
 
 
+def test_the_loss_is_the_mean_square_of_the_residual():
+    config = small_config(image_keys=())
+    observation, actions, _ = random_inputs(config)
+    batch, params = Batch(observation, actions), noisy_params(config)
+
+    @jax.jit
+    def both(params, key):
+        loss, _ = pi0.loss(config, params, batch, key)
+        return loss, pi0.residual(config, params, batch, jax.random.clone(key))
+
+    loss, residual = both(params, jax.random.key(1))
+    assert residual.shape == actions.shape
+    np.testing.assert_allclose(jnp.mean(jnp.square(residual)), loss, rtol=1e-6)
+
+
 @MODELS
 def test_every_parameter_has_a_gradient_but_those_whose_output_is_unused(model, loss_and_grads):
     _, grads = loss_and_grads(model)

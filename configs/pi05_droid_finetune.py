@@ -1,0 +1,36 @@
+r"""π0.5-DROID fine-tuned on a DROID robot of one's own, as OpenPI's config of the same name.
+
+Merge the fine-tune with the base that it began at (`config.train.init_from`) at several ratios;
+streamed, so no accelerator is needed. Ratio 0 is the fine-tune, 1 the base:
+  python experiments/mix.py --config=configs/pi05_droid_finetune.py --merge_ratio=0.3,0.5,0.7 \
+    --checkpoints=checkpoints/pi05_droid_finetune/mine/20000 --output=checkpoints/droid_merged
+
+Model: action_dim 32, horizon 16, 200 prompt tokens with proprio among them. Base:
+gs://openpi-assets/checkpoints/pi05_droid/params, with its statistics, whose asset id is "droid":
+OpenPI asks to keep them in fine-tuning, and so does this program unless told otherwise. Actions are
+seven joint velocities and the gripper.
+
+To set, for training or validation batches: `config.data.path`; `config.data.state_key`, one feature
+with the seven joint positions and the gripper (OpenPI's conversion writes two); pictures of
+224 × 224 stored as images; and, there being no third camera,
+--config.model.image_keys="('base_0_rgb','left_wrist_0_rgb')". No success rate was measured.
+`:debug` is the same program on a network of 0.6 million parameters; seconds on a laptop.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = common.openpi_config("pi05_droid", pi05=True, action_horizon=16)
+    config.data.update({"asset_id": "droid", "action_key": "actions"})
+    config.data.cameras = {
+        "base_0_rgb": "exterior_image_1_left",
+        "left_wrist_0_rgb": "wrist_image_left",
+        "right_wrist_0_rgb": "",
+    }
+    config.train.num_steps = 20_000
+    if common.parse_arg(arg):
+        common.shrink(config)
+    return config
