@@ -53,6 +53,8 @@ setuptools.setup(
             "hypothesis>=6.100",
             "safetensors>=0.5",  # the reference implementation, in tests alone
             "jsonschema>=4.20",
+            "nbconvert>=7.10",  # runs the notebooks
+            "ipykernel>=6.29",
             "ruff>=0.12",
             "pre-commit>=4",
         ],

@@ -19,6 +19,7 @@ from configs import common, pi0_pusht, pi05_libero
 from policymix import files, trees
 from policymix.checkpoints import layout, safetensors, store
 from policymix.data import validation
+from policymix.reports import pages
 from policymix.runs import dump_validation, mix, requests
 from tests import commands, oracle
 from tests.commands import ROOT
@@ -145,8 +146,9 @@ def originals(tmp_path_factory):
 
 
 @pytest.fixture
-def places(originals, tmp_path):
-    """Those for a test to damage: only what it names is copied."""
+def places(originals, tmp_path, monkeypatch):
+    """Those, and a folder for what is damaged, or a copy; no pictures, which take long."""
+    monkeypatch.setattr(pages, "png", lambda figure: b"")
     return originals._replace(folder=tmp_path)
 
 
@@ -397,3 +399,8 @@ def test_the_table_of_fields_is_that_of_the_schema():
     import jsonschema
 
     jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_lines_fit_a_screen(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []

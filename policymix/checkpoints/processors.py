@@ -2,6 +2,7 @@
 in the first published checkpoints among the model's own tensors.
 """
 
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -27,7 +28,9 @@ def state_files(directory: pathlib.Path) -> list[pathlib.Path]:
         if not (directory / name).is_file():
             continue
         content = files.read_json(directory / name)
-        steps = content.get("steps", []) if isinstance(content, dict) else []
+        steps = content.get("steps", []) if isinstance(content, dict) else None
+        if not isinstance(steps, list):
+            raise ValueError(f"{directory / name} does not list the steps of a processor")
         for step in steps:
             file = step.get("state_file") if isinstance(step, dict) else None
             if file is None or step.get("registry_name") not in _STEPS:
@@ -50,7 +53,8 @@ def read(directory: pathlib.Path) -> Stats | None:
                 for feature in _FEATURES.values()
                 for field in _FIELDS
                 if f"{feature}.{field}" in tensors
-            }
+            },
+            file,
         )
     return None
 
@@ -63,17 +67,23 @@ def read_buffers(tensors: Mapping[str, Leaf]) -> Stats | None:
         matched = BUFFER.fullmatch(name)
         if matched and matched[1] in known:
             values[known[matched[1]], matched[2]] = leaf.read()
-    return _stats(values)
+    return _stats(values, next((leaf.where for leaf in tensors.values()), ""))
 
 
-def _stats(values: Mapping[tuple[str, str], np.ndarray]) -> Stats | None:
+def _stats(values: Mapping[tuple[str, str], np.ndarray], where: str | os.PathLike) -> Stats | None:
     found = {}
     for key, feature in _FEATURES.items():
-        fields = [values.get((feature, field)) for field in _FIELDS]
-        if fields[0] is not None and fields[1] is not None:
-            found[key] = NormStats(
-                *(None if f is None else np.asarray(f, np.float64).reshape(-1) for f in fields)
-            )
+        read = {f: values[feature, f] for f in _FIELDS if (feature, f) in values}
+        fields = {f: np.asarray(x, np.float64).reshape(-1) for f, x in read.items()}
+        if any(np.isnan(field).any() for field in fields.values()):
+            raise ValueError(f"{where}: the statistics of {feature} hold NaN; it is damaged")
+        # A policy without statistics has infinity in their place until it is trained.
+        fields = {f: x for f, x in fields.items() if np.isfinite(x).all()}
+        if "mean" in fields and "std" in fields:
+            try:
+                found[key] = NormStats(*map(fields.get, _FIELDS))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
     return found or None
 
 
@@ -82,13 +92,15 @@ def write(directory: pathlib.Path, stats: Stats) -> None:
     for file in state_files(directory):
         tensors, layout = safetensors.open_tensors(file)
         arrays = {name: leaf.read() for name, leaf in tensors.items()}
-        for name, array in _replaced(arrays, stats).items():
+        for name, array in _replaced(arrays, stats, file).items():
             arrays[name] = array
         file.unlink()  # copied here, and replaced within a directory that is still being made
         safetensors.write(directory, arrays, layout)
 
 
-def _replaced(arrays: Mapping[str, np.ndarray], stats: Stats) -> dict[str, np.ndarray]:
+def _replaced(
+    arrays: Mapping[str, np.ndarray], stats: Stats, file: pathlib.Path
+) -> dict[str, np.ndarray]:
     found = {}
     for name, array in arrays.items():
         for key, feature in _FEATURES.items():
@@ -96,8 +108,18 @@ def _replaced(arrays: Mapping[str, np.ndarray], stats: Stats) -> dict[str, np.nd
             if name == f"{feature}.{field}" and field in _FIELDS and key in stats:
                 value: Any = getattr(stats[key], field)
                 if value is not None:
-                    found[name] = np.asarray(value, array.dtype).reshape(array.shape)
+                    found[name] = _like(value, array, name, file)
     return found
+
+
+def _like(value: Any, old: Any, name: str, where: str | os.PathLike) -> np.ndarray:
+    """Statistics in place of others, an array or a leaf. ValueError if they are of another size."""
+    if np.size(value) != old.size:
+        raise ValueError(
+            f"{where}: {name!r} has {old.size} numbers, the mix's norm stats have "
+            f"{np.size(value)}; name others with --config.mix.norm_stats=PATH"
+        )
+    return np.asarray(value, old.dtype).reshape(old.shape)
 
 
 def buffers(tensors: Mapping[str, Leaf], stats: Stats | None) -> dict[str, np.ndarray]:
@@ -111,7 +133,5 @@ def buffers(tensors: Mapping[str, Leaf], stats: Stats | None) -> dict[str, np.nd
         if not (matched := BUFFER.fullmatch(name)):
             continue
         value = getattr((stats or {}).get(ours.get(matched[1])), matched[2], None)
-        found[name] = (
-            leaf.read() if value is None else np.asarray(value, leaf.dtype).reshape(leaf.shape)
-        )
+        found[name] = leaf.read() if value is None else _like(value, leaf, name, leaf.where)
     return found

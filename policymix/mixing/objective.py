@@ -140,8 +140,8 @@ def of_source(
 
         total = of(chosen[0])
         for i in chosen[1:]:
-            total = jax.tree.map(jnp.add, total, of(i))
-        return jax.tree.map(lambda x: x / len(chosen), total)
+            total = _add(total, of(i))
+        return _divide(total, len(chosen)) if len(chosen) > 1 else total
 
     def value_and_grad(c, batch=None):
         value, grads = mean(_loss_and_grad, c, batch)
@@ -188,6 +188,17 @@ def evaluate(
 ) -> tuple[jax.Array, Metrics]:
     """loss_fn(params, batch, key), as the objectives of this loss function compile it."""
     return loss_fn(params, batch, key)
+
+
+# Whole trees at once: an addition for every shape of array would be a program for every shape.
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: PyTree, part: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, total, part)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _divide(total: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda x: x / count, total)
 
 
 @functools.partial(jax.jit, static_argnums=0)

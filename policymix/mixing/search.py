@@ -3,8 +3,8 @@ out.
 
 A search judges its final answer on *all* batches of the objective, never on the batch it happened
 to step on, and returns the best of what it judged so. `gradient_descent` and `greedy` are what kai0
-and model soups do; `bfgs` and `gauss_newton` need a tenth of their evaluations. n checkpoints, G
-groups.
+and model soups do; `bfgs` and `gauss_newton` come further in a few evaluations of all batches.
+n checkpoints, G groups.
 """
 
 from collections.abc import Callable, Mapping

@@ -14,6 +14,7 @@ import numpy as np
 from policymix import memory, processes, trees
 from policymix.checkpoints import store
 from policymix.mixing import objective as objective_lib
+from policymix.mixing import search as search_lib
 from policymix.models import flow, pi0
 from policymix.reports import tables
 from policymix.runs import measurements, mixing_rows, policies, rollouts
@@ -88,6 +89,45 @@ def _row_coefficient_gradient(config: pi0.Pi0Config) -> list[Row]:
         here(lambda: ours.value_and_grad(c)),
         here(lambda: sum(through(c, b, k) for b, k in zip(batches, keys, strict=True)) / 4),
     )
+
+
+def _row_coefficients(config: pi0.Pi0Config) -> list[Row]:
+    """The two searches on all batches against fifty iterations on one batch each."""
+    base, rng = pi0.init(config, jax.random.key(0)), np.random.default_rng(0)
+    # As in the oracle of the tests: a base, and three checkpoints at growing distances.
+    params = [
+        jax.tree.map(
+            lambda x, s=s: x + s * rng.standard_normal(x.shape, np.float32) * x.std(), base
+        )
+        for s in (0.10, 0.15, 0.25)
+    ]
+    example = _example(config)
+    batches = [
+        example.replace(actions=rng.standard_normal(example.actions.shape, np.float32))
+        for _ in range(4)
+    ]
+    loss_fn = functools.partial(pi0.loss, config)
+    residual_fn = functools.partial(pi0.residual, config)
+    objective = objective_lib.in_memory(loss_fn, params, batches, jax.random.key(0), residual_fn)
+    found = {}
+
+    def side(name, **settings):
+        def search():
+            found[name] = getattr(search_lib, name)(objective, 3, **settings)
+
+        return here(search)
+
+    bfgs, gauss_newton, descent = interleaved(
+        side("bfgs"), side("gauss_newton"), side("gradient_descent", num_iterations=50)
+    )
+    told = "; ".join(
+        f"{name} {one.loss:.6f} after {one.history[-1]['full_evaluations']:.1f} evaluations"
+        for name, one in found.items()
+    )
+    return [
+        Row("coefficients by bfgs against 50 iterations", bfgs, descent, f"losses: {told}"),
+        Row("coefficients by gauss_newton against the same", gauss_newton, descent),
+    ]
 
 
 def _row_sampling(config: pi0.Pi0Config) -> list[Row]:
@@ -170,6 +210,7 @@ ROWS = {  # name: how it is measured, and what it is given
     "bfloat16": (mixing_rows.bfloat16_row, "files"),
     "orbax": (mixing_rows.orbax_row, "files"),
     "twenty": (mixing_rows.twenty_row, "files"),
+    "coefficients": (_row_coefficients, "network"),  # of 3 checkpoints, on 4 batches of 2
     "gradient": (_row_coefficient_gradient, "network"),  # in 3 coefficients, over 4 batches of 2
     "training": (_row_training, "policy"),  # 50 steps at batch 64
     "rollouts": (_row_rollouts, "policy"),  # 100 episodes of 64 steps

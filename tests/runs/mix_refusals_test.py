@@ -1,14 +1,8 @@
 """Mixing from disk to disk: what is refused, and what is never touched or half-written."""
 
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,7 +11,7 @@ from policymix import trees
 from policymix.checkpoints import assets, store
 from policymix.runs import mix
 from tests import oracle
-from tests.runs.mix_support import ROOT, VALIDATION, debug_config, different_stats
+from tests.runs.mix_support import VALIDATION, debug_config, different_stats
 
 
 def test_different_norm_stats_are_refused_by_dimension(request_for, tmp_path):
@@ -207,32 +201,3 @@ def test_inputs_are_not_touched(request_for, singles):
     before = state()
     mix.mix(common.get_config(), request_for())
     assert state() == before
-
-
-@pytest.mark.slow
-def test_kill_9_leaves_the_old_output_or_the_new(singles, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "experiments/mix.py"), f"--output={out}", "--overwrite"]
-    command.append("--checkpoints=" + ",".join(singles[w] for w in oracle.VARIANTS))
-    subprocess.run([*command, "--coefficients=1,0,0"], check=True, capture_output=True)
-    started = time.monotonic()
-    subprocess.run([*command, "--coefficients=1,0,0"], check=True, capture_output=True)
-    length, rng = time.monotonic() - started, np.random.default_rng(0)
-    for _ in range(10):
-        process = subprocess.Popen(
-            [*command, "--coefficients=0,1,0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(0.3, 1.0) * length)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if out.exists():
-            told = json.loads((out / "mix.json").read_text())["coefficients"]
-            which = "var1" if told == [1, 0, 0] else "var2"
-            jax.tree.map(
-                np.testing.assert_array_equal, store.load_params(out), oracle.params("pi0", which)
-            )
-    subprocess.run([*command, "--coefficients=0,1,0"], check=True, capture_output=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    jax.tree.map(
-        np.testing.assert_array_equal, store.load_params(out), oracle.params("pi0", "var2")
-    )

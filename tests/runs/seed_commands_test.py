@@ -164,7 +164,7 @@ def fork(tmp_path_factory):
         workspace_support.orbax(root / f"{model}_base", "base", model)
         workspace_support.orbax(root / f"{model}_tuned", "var1", model)
     found = {"pi0_base": root / "pi0_base"}
-    found |= {name: root / "pi05_base" for name in ("pi05_base", "pi05_droid")}
+    found |= dict.fromkeys(("pi05_base", "pi05_droid"), root / "pi05_base")
     found["my_finetune"] = root / "pi05_tuned"
     for name, (_, base) in EXAMPLES.items():
         place = root / "checkpoints" / name / "my_experiment" / "20000"

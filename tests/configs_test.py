@@ -1,0 +1,110 @@
+"""Configs: what OpenPI's say, field by field, and what all of them promise."""
+
+import importlib
+import inspect
+
+import pytest
+
+from configs import common
+from policymix.models import pi0
+from policymix.runs import policies
+from tests import commands, oracle
+from tests.runs import workspace_support
+
+NAMES = sorted(p.stem for p in (commands.ROOT / "configs").glob("pi*.py"))
+# OpenPI's train configs: π0.5, horizon, proprio in the prompt; base; batch, steps, EMA; warm-up and
+# both ends of the learning rate. The last two as kai0's `pi05_hang_cloth_normal` and the OpenPI
+# fork of RETAIN's script have them.
+OPENPI = {
+    "pi0_libero": (False, 50, False, "pi0_base", 32, 30_000, 0.99, 1000, 2.5e-5, 2.5e-6),
+    "pi05_libero": (True, 10, False, "pi05_base", 256, 30_000, 0.999, 10_000, 5e-5, 5e-5),
+    "pi05_droid_finetune": (True, 16, True, "pi05_droid", 32, 20_000, 0.99, 1000, 2.5e-5, 2.5e-6),
+    "pi05_hang_cloth": (True, 50, True, "pi05_base", 256, 100_000, 0.99, 1000, 2.5e-5, 2.5e-6),
+    "pi05_bin_pack_coffee_capsules": (
+        True, 50, True, "pi05_base", 36, 30_000, 0.999, 10_000, 5e-5, 5e-5,
+    ),
+}  # fmt: skip
+
+
+def get(name: str, arg: str = ""):
+    return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def test_every_config_is_known_here():
+    assert set(NAMES) == {*OPENPI, "pi0_metaworld", "pi0_pusht", "pi0_state"}
+
+
+@pytest.mark.parametrize("name", OPENPI)
+def test_the_values_are_openpis(name):
+    config = get(name)
+    pi05, horizon, discrete, base, batch, steps, ema, warmup, peak, last = OPENPI[name]
+    expected = pi0.Pi0Config(pi05=pi05, action_horizon=horizon, discrete_state_input=discrete)
+    assert policies.model_config(config, why="a test") == expected
+    assert set(config.model) == set(pi0.Pi0Config.__dataclass_fields__)
+    t = config.train
+    assert t.init_from == f"gs://openpi-assets/checkpoints/{base}/params"
+    assert (t.batch_size, t.num_steps, t.ema_decay) == (batch, steps, ema)
+    assert (t.warmup_steps, t.learning_rate, t.final_learning_rate) == (warmup, peak, last)
+    assert config.data.quantiles == pi05
+    assert set(config.data.cameras) == set(pi0.OPENPI_CAMERAS)
+
+
+def test_droids_statistics_are_those_of_its_base():
+    config = get("pi05_droid_finetune")
+    assert config.data.asset_id == "droid"
+    assert not config.data.norm_stats
+
+
+@pytest.mark.parametrize("name", OPENPI)
+def test_debug_is_the_architecture_of_the_test_data(name):
+    config = get(name, "debug")
+    model = policies.model_config(config, why="a test")
+    expected = oracle.config("pi05" if model.pi05 else "pi0")
+    changed = {"action_horizon", "discrete_state_input"}
+    for field in set(pi0.Pi0Config.__dataclass_fields__) - changed:
+        assert getattr(model, field) == getattr(expected, field), field
+    assert model.action_horizon == expected.action_horizon
+    assert config.data.path == str(common.PUSHT)
+    assert not config.train.init_from  # no download
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("arg", ["", "debug"])
+def test_every_config_has_a_model_and_the_sections_of_all(name, arg):
+    config = get(name, arg)
+    policies.model_config(config, why="a test")
+    assert {*common.get_config()} - {*config} == set()
+    with pytest.raises(ValueError, match="expected nothing or ':debug'"):
+        get(name, "debgu")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """For each model three step directories, a base, and validation batches."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for model in oracle.MODELS:
+        for which in ("base", *oracle.VARIANTS)[model == "pi0" :]:  # π0's are only searched
+            workspace_support.orbax(root / model / which, which, model)
+        workspace_support.batches(root / model / "val.npz", model)
+    return root
+
+
+@pytest.mark.parametrize("name", OPENPI)
+def test_the_command_of_the_docstring(name, checkpoints, tmp_path, monkeypatch, capsys):
+    """Its plan, without the work: names of flags and fields, paths, and that it all fits."""
+    monkeypatch.chdir(tmp_path)
+    docstring = inspect.getdoc(importlib.import_module(f"configs.{name}"))
+    (words,) = commands.of_docstring(docstring)
+    assert f"--config=configs/{name}.py" in words
+    model = "pi05" if get(name).model.pi05 else "pi0"
+    more = [f"--config.train.init_from={checkpoints / model / 'base'}", "--dry_run"]
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag == "--checkpoints":
+            for path, which in zip(value.split(","), oracle.VARIANTS, strict=False):
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).symlink_to(checkpoints / model / which)
+        if flag == "--validation":
+            (tmp_path / value).symlink_to(checkpoints / model / "val.npz")
+    commands.run(words, *more)
+    assert "dry run: nothing was computed" in capsys.readouterr().out
