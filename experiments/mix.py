@@ -1,11 +1,9 @@
 r"""Mixes checkpoints into one.
 
   python experiments/mix.py --checkpoints=a,b,c --output=mixed
-  python experiments/mix.py --checkpoints=a,b,c --output=mixed --coefficients=0.5,0.3,0.2
   python experiments/mix.py --checkpoints=tuned --base=base --merge_ratio=0.25,0.5 --output=retain
   python experiments/mix.py --config=configs/pi05_libero.py --method=gradient_descent \
     --checkpoints=a,b,c --validation=val.npz --output=mixed
-  python experiments/mix.py --checkpoints='run/*' --output=mixed
   python experiments/mix.py --checkpoints=a,b --output=mixed --format=lerobot \
     --config.mix.groups="('vision','action_expert','rest=.*')" \
     --coefficients="vision:1,0;action_expert:.5,.5;rest:.8,.2"

@@ -40,7 +40,9 @@ def section(text: str, heading: str) -> str:
     found = re.search(rf"^{re.escape(heading)}$", text, re.MULTILINE)
     assert found, f"no heading {heading!r}"
     rest = text[found.end() :]
-    end = re.search(rf"^#{{1,{level}}} ", rest, re.MULTILINE)
+    # A comment in a shell is no heading.
+    plain = re.sub(r"^```.*?^```", lambda m: "." * len(m[0]), rest, flags=re.M | re.S)
+    end = re.search(rf"^#{{1,{level}}} ", plain, re.MULTILINE)
     return rest[: end.start()] if end else rest
 
 

@@ -60,7 +60,8 @@ class Inputs:
         if rule not in ("equal", "pool", "average"):
             return asset_id or self._only_asset_id() or "mixed", _stats_at(rule)
         asset_id = asset_id or self._only_asset_id()
-        found = {self.names[k]: assets.norm_stats_of(self.names[k], asset_id) for k in self.mixed}
+        rows = self._with_stats_of(asset_id)
+        found = {self.names[k]: assets.norm_stats_of(self.names[k], asset_id) for k in rows}
         known = [(name, *stats) for name, stats in found.items() if stats]
         if not known:
             return None
@@ -81,9 +82,21 @@ class Inputs:
         if rule == "equal":
             return first_id, first
         merge = normalize.pool if rule == "pool" else normalize.average
-        stats = [found[self.names[k]][1] for k in self.mixed]
-        chosen = np.asarray(shares)[list(self.mixed)]
+        stats = [found[self.names[k]][1] for k in rows]
+        chosen = np.asarray(shares)[rows]
+        chosen = chosen / chosen.sum() if chosen.sum() else np.full(len(rows), 1 / len(rows))
         return first_id, {key: merge([s[key] for s in stats], chosen) for key in first}
+
+    def _with_stats_of(self, asset_id: str) -> list[int]:
+        """The rows whose statistics count: all that are mixed, but for a base that knows other
+        robots only, as OpenPI's bases do for whoever has a robot of his own.
+        """
+        rows = list(self.mixed)
+        if self.base in rows and asset_id:
+            known = assets.find(self.names[self.base], assets.NORM_STATS)
+            if any(known) and asset_id not in known:
+                rows.remove(self.base)
+        return rows
 
     def _only_asset_id(self) -> str:
         """The one asset id of the last input; "" where it has none or several."""

@@ -66,7 +66,8 @@ def test_leaves_norm_stats_in_both_places_and_what_it_did(request_for, singles, 
         for w in oracle.VARIANTS
     ]
     expected = [[np.linalg.norm(a - b) for b in flats] for a in flats]
-    np.testing.assert_allclose(told["geometry"]["distance"], expected, rtol=1e-4, atol=1e-4)
+    # Of large arrays only a part is measured.
+    np.testing.assert_allclose(told["geometry"]["distance"], expected, rtol=1e-3, atol=1e-4)
     assert (out / "mix.png").read_bytes().startswith(b"\x89PNG")
 
 

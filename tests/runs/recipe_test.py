@@ -117,6 +117,8 @@ def test_learned_coefficients_and_the_loss_between(done, home):
 def test_groups(done, home):
     found = done("## Coefficients of their own for parts of the model")
     assert [len(c) for c in found["by_group"]["coefficients"].values()] == [2, 2, 2, 2]
+    names = list(found["by_group"]["coefficients"])
+    assert all(list(row["coefficients"]) == names for row in found["by_group"]["history"])
     assert found["vision_of_a"]["coefficients"] == {"vision": [1, 0], "rest": [0.5, 0.5]}
 
 

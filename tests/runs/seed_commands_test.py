@@ -126,6 +126,18 @@ def test_iterations_and_the_learning_rate(run):
     assert told(output)["settings"]["learning_rate"] == 0.05
 
 
+def test_the_readmes_other_examples_are_planned(home, tmp_path, monkeypatch, capsys):
+    """Coefficients, ratios and a search, without the work: the rows below do it."""
+    monkeypatch.chdir(tmp_path)
+    for name, which in {"a": "a", "b": "b", "c": "c", "finetuned": "a", "pretrained": "b"}.items():
+        (tmp_path / name).symlink_to(home / which)
+    (tmp_path / "val.npz").symlink_to(home / "val.npz")
+    (block,) = commands.fenced(commands.section(README, "## Mix"))
+    for words in commands.of(block):
+        commands.run(words, "--dry_run")
+    assert capsys.readouterr().out.count("dry run: nothing was computed") == 3
+
+
 def test_splitting_a_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     action = {"dtype": "float32", "shape": [2], "names": None}
@@ -231,9 +243,6 @@ def test_a_fine_tune_in_a_bucket(merge):
     check_ratio(merge(f"mix.py … {there} --merge_ratio=0.25"), 0.25)
 
 
-@pytest.mark.xfail(
-    raises=ValueError, strict=True, reason="a base's other robots stand in the way of a merge"
-)
 def test_a_base_that_knows_other_robots_only_takes_the_fine_tunes_statistics(merge, fork, tmp_path):
     """As OpenPI's bases are for whoever has a robot of his own."""
     shutil.copytree(fork / "pi05_base", tmp_path / "base")

@@ -170,7 +170,7 @@ def test_the_loss_falls(tmp_path):
         (lambda c: c.train.update({"ema_decay": 1.5}), "ema_decay is 1.5"),
         (lambda c: c.train.update({"learning_rate": float("nan")}), "learning_rate is nan"),
         (lambda c: c.train.update({"freeze": ("[",)}), "not a regular expression"),
-        (lambda c: c.train.update({"init_from": "gs://bucket/x"}), "remote"),
+        (lambda c: c.train.update({"init_from": "s3://bucket/x"}), "remote paths are gs://"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(change, message, tmp_path):
