@@ -11,6 +11,8 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+_LONGEST = 2000  # letters of an error: names in damaged files may have any length
+
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Build everything from shapes, print the plan, touch nothing."
 )
@@ -86,7 +88,8 @@ def _one_line(error: Exception) -> str:
     text = text.replace("\\n", " ").replace("\\'", "'")
     if "Traceback (most recent call last)" in text:  # a config file failed: its last line says why
         text = text.strip().splitlines()[-1].partition("Error: ")[2] or text
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _fail(message: str, code: int = 1) -> None:

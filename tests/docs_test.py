@@ -4,7 +4,6 @@ import ast
 import functools
 import importlib
 import inspect
-import json
 import pathlib
 import pickle
 import re
@@ -382,23 +381,6 @@ def test_a_pickle_of_kai0s_is_converted_by_the_snippet(tmp_path, monkeypatch):
         np.testing.assert_array_equal(
             ours.observation.prompt_tokens, theirs.observation.prompt_tokens
         )
-
-
-# mix.json
-
-
-def test_the_table_of_fields_is_that_of_the_schema():
-    schema = json.loads((ROOT / "docs/mix.schema.json").read_text())
-    text = (ROOT / "docs/mix_json.md").read_text()
-    for name, definition in schema["$defs"].items():
-        for field in definition.get("properties", {}):
-            assert f"`{field}`" in text, f"{field} of {name}"
-    declared = {f for d in schema["$defs"].values() for f in d.get("properties", {})}
-    for row in re.findall(r"^\| (?:· )?((?:`\w+`(?:, )?)+) \|", text, re.MULTILINE):
-        assert set(re.findall(r"\w+", row)) <= declared, row
-    import jsonschema
-
-    jsonschema.Draft202012Validator.check_schema(schema)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)

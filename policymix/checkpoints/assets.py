@@ -29,7 +29,7 @@ def parse_norm_stats(content: Any, where: str) -> Stats:
             key: NormStats(*(_array(entry.get(field)) for field in FIELDS))
             for key, entry in content["norm_stats"].items()
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{where}: expected {{'norm_stats': {{'state': {{mean, std, q01, q99}}, 'actions': "
             f"…}}}} ({error})"
@@ -37,7 +37,12 @@ def parse_norm_stats(content: Any, where: str) -> Stats:
 
 
 def _array(values: Any) -> np.ndarray | None:
-    return None if values is None else np.asarray(values, np.float64)
+    if values is None:
+        return None
+    array = np.asarray(values, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("a statistic is NaN or infinite")
+    return array
 
 
 def norm_stats_json(stats: Stats) -> dict[str, Any]:
@@ -117,11 +122,15 @@ def trainings_of(checkpoint: str | os.PathLike) -> list[dict[str, Any]]:
     Training writes its own episodes and inherits those of the checkpoint it started from; a mix
     inherits those of its inputs. Empty for checkpoints from elsewhere.
     """
-    found = [
-        training
-        for path in find(checkpoint, EPISODES).values()
-        for training in files.read_json(path)["trainings"]
-    ]
+    found = []
+    for path in find(checkpoint, EPISODES).values():
+        content = files.read_json(path)
+        try:
+            found += merge_trainings(content["trainings"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: expected {{'trainings': [{{fingerprint, episodes, path}}, …]}} ({error})"
+            ) from error
     return merge_trainings(found)
 
 

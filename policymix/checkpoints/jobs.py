@@ -130,7 +130,9 @@ class _Distances:
         self.count = self._size if self._size <= _WHOLE else _SOME
 
     def take(self, rows: np.ndarray) -> None:
-        """[n, count] elements of the inputs, which are changed."""
+        """[n, count] elements of the inputs."""
+        # In float64, and short of its end, so that no finite input has an infinite distance.
+        rows = np.clip(rows.astype(np.float64), -1e100, 1e100)
         share = self._size / max(rows.shape[1], 1)
         self.square_norm = share * float(np.einsum("i,i->", rows[0], rows[0]))
         rows -= rows[0].copy()

@@ -121,13 +121,15 @@ def mix(
         running = [pool.submit(jobs_lib.run, job, sink, names, progress, stopped) for job in jobs]
         try:
             for done in futures.as_completed(running):
-                job_gram, job_norm = done.result()
-                gram += job_gram
-                square_norm += job_norm
+                done.result()  # the first error ends it
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
+    # In the order of the jobs, so that the same mix has the same numbers.
+    for job_gram, job_norm in (one.result() for one in running):
+        gram += job_gram
+        square_norm += job_norm
     return Geometry(gram, square_norm)
 
 

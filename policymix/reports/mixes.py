@@ -203,8 +203,8 @@ def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
     axis = figure.subplots()
     ratios = [mix["merge_ratio"] for mix in report["sweep"]]
     if report["sweep"][0]["loss"]:
-        base, tuned = report["inputs"]
-        ends = [(0.0, tuned["loss"]), (1.0, base["loss"])]
+        base, *_, last = report["inputs"]  # at ratio 0 of several the last one is the mix
+        ends = [(0.0, last["loss"]), (1.0, base["loss"])]
         between = [(mix["merge_ratio"], mix["loss"]) for mix in report["sweep"]]
         points = sorted([*ends, *between], key=lambda point: point[0])
         for which, color in (("selection", _SELECTION), ("held_out", _HELD_OUT)):

@@ -42,6 +42,12 @@ class Inputs:
     fingerprints: tuple[str, ...]
     siglip_heads: int | None = None
 
+    def check_unchanged(self) -> None:
+        """ValueError if an input was replaced since its headers were read."""
+        for name, expected in zip(self.names, self.fingerprints, strict=True):
+            if provenance.fingerprint(name) != expected:
+                raise ValueError(f"{name} changed while it was mixed: mix it again")
+
     def tree(self, row: int) -> dict[str, Any]:
         """A checkpoint's leaves as a tree of our own, whatever its format."""
         return trees.unflatten(self.checkpoints[row].tree(self.siglip_heads))

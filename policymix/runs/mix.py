@@ -68,6 +68,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
             if method == "interpolate" and not repeat:
                 told["merge_ratio"] = request.ratios[0]
             report = _write(task, found.coefficients, told, partial)
+        inputs.check_unchanged()
         report["seconds"] = time.monotonic() - started
         report["peak_memory_bytes"] = memory.peak_bytes()
         files.write_json(partial / "mix.json", report)
@@ -161,8 +162,10 @@ def _is_mix(path: pathlib.Path) -> bool:
     """Whether a mix wrote this directory; an empty one is as good."""
     if not path.is_dir() or not any(path.iterdir()):
         return path.is_dir()
-    told = path / "mix.json"
-    return told.is_file() and "policymix" in files.read_json(told)
+    if not (path / "mix.json").is_file():
+        return False
+    told = files.read_json(path / "mix.json")
+    return isinstance(told, dict) and "policymix" in told
 
 
 def _judge(

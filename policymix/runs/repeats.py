@@ -8,7 +8,8 @@ import numpy as np
 
 from policymix import files
 from policymix.checkpoints import provenance
-from policymix.runs.requests import Request
+from policymix.checkpoints.store import FORMATS
+from policymix.runs.requests import METHODS, Request
 
 
 class Repeat(NamedTuple):
@@ -33,8 +34,9 @@ def read(
     if not path.is_file():
         raise FileNotFoundError(f"--from: {path} does not exist")
     told = files.read_json(path)
-    if isinstance(told, dict) and "sweep" in told:
-        which = path.parent / told["sweep"][0]["output"]
+    sweep = told.get("sweep") if isinstance(told, dict) else None
+    if isinstance(sweep, list) and sweep and isinstance(sweep[0], dict):
+        which = path.parent / str(sweep[0].get("output"))
         raise ValueError(f"--from: {path} tells of several mixes; say which, as {which}")
     if request.method or request.coefficients or request.merge_ratios or request.base:
         raise ValueError(
@@ -54,7 +56,8 @@ def read(
         config.mix.update({"norm_stats": settings["norm_stats"], "dtype": settings["dtype"]})
         config.mix.groups = tuple(f"{name}={regex}" for name, regex in groups.items())
         method, chosen = told["method"], request.format or told["format"]
-    except (KeyError, TypeError, ValueError) as error:
+        _check(method, chosen, names + prints, coefficients)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ValueError(f"--from: {path} is not the mix.json of a mix (no {error})") from error
     if request.checkpoints:
         if len(request.checkpoints) != len(names):
@@ -78,3 +81,15 @@ def read(
         dry_run=request.dry_run,
     )
     return config, request, Repeat(method, coefficients)
+
+
+def _check(method: Any, chosen: Any, texts: list, coefficients: Any) -> None:
+    """ValueError for what no mix has written."""
+    if method not in METHODS or chosen not in ("safetensors", *FORMATS):
+        raise ValueError(f"method {method!r}, format {chosen!r}")
+    n = len(texts) // 2
+    if n < 1 or not all(isinstance(text, str) for text in texts):
+        raise ValueError("paths or fingerprints are no texts")
+    for c in coefficients.values() if isinstance(coefficients, dict) else [coefficients]:
+        if np.shape(c) != (n,) or not np.isfinite(c).all():
+            raise ValueError(f"{n} finite coefficients expected, got {c}")

@@ -297,7 +297,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_no_checkpoint(main, arguments
     """Files may not grow beyond 300 kB here, as if the disk were full."""
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     arguments = [a.replace("OUT", str(tmp_path / "out")) for a in arguments]
     command = [sys.executable, str(ROOT / "experiments" / main), *arguments]

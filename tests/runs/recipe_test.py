@@ -167,6 +167,15 @@ def test_a_schema_that_forgets_nothing(done):
     assert not VALIDATOR.is_valid(deeper)
 
 
+def test_the_tables_of_fields_are_those_of_the_schema():
+    text = (commands.ROOT / "docs/mix_json.md").read_text()
+    declared = {field for one in SCHEMA["$defs"].values() for field in one.get("properties", {})}
+    assert {field for field in declared if f"`{field}`" not in text} == set()
+    for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", text, re.MULTILINE):
+        assert set(re.findall(r"\w+", row)) <= declared, row
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
 @pytest.mark.slow
 def test_training_the_next_skill_from_the_last_merge(home, monkeypatch):
     monkeypatch.chdir(home)
