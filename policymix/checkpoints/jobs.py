@@ -1,9 +1,13 @@
-"""Stretches of one array: read from every input in turn, summed, rounded, written."""
+"""Stretches of arrays: read from every input in turn, summed, rounded, written."""
 
+import bisect
 import contextlib
+import functools
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from concurrent import futures
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,83 +15,146 @@ import numpy as np
 from policymix.checkpoints import blocks
 from policymix.checkpoints.leaves import Leaf
 
+COMPILED = "float32", "bfloat16"  # what `blocks.Sum` adds
+
 STEP = 2**17  # elements read from one input at a time, where it is added to the sum alone
-# Elements of all inputs together that are summed in one pass: small enough for the cache, and large
-# enough that a pass is worth its call, which costs more where it is a compiled one.
-_TOGETHER, _TOGETHER16 = 2**20, 2**22
-_SMALL16 = 2**17  # fewer are not worth a compiled call
-_JOB = 2**24  # elements of a job, at least, where nothing asks for more
-# Distances are measured on a whole job of up to so many elements, and else on its first ones.
-_WHOLE, _SOME = 2**16, 2**14
+# Bytes of all inputs together that are summed in one pass: with the sum they stay in the cache, and
+# a pass is worth its calls. A megabyte is what the system is quickest to read and to write.
+_TOGETHER, _MOST = 4 * 2**20, 2**20
+_SMALL = 2**17  # fewer elements are not worth a compiled call
+_JOB = 2**23  # elements of a job, at least, where nothing asks for more
+# Distances are measured on the whole of a job of up to so many elements, and else on about so many
+# of them. An odd step, so that no row or column of a matrix is met more often than others.
+_WHOLE, _SOME = 2**16, 5000
 
 
-class Job(NamedTuple):
-    """The elements [start, stop) of one array. `unit`: how many are written at a time."""
+class Span(NamedTuple):
+    """Arrays that lie one after another in every input and in the output, and are mixed alike: they
+    are read and written as one.
+
+    Attributes:
+      path: of the first, by which the sink knows it.
+      starts: the first element of each, and its path.
+      inputs: as one, of each input.
+    """
 
     path: str
+    starts: Sequence[tuple[int, str]]
     inputs: Sequence[Leaf]
     coefficients: np.ndarray
     dtype: np.dtype
+
+    def at(self, position: int) -> tuple[str, int, int]:
+        """The array that holds an element: (path, its first element, the next one's)."""
+        number = bisect.bisect_right([start for start, _ in self.starts], position) - 1
+        ends = [start for start, _ in self.starts[1:]] + [self.inputs[0].size]
+        return self.starts[number][1], self.starts[number][0], ends[number]
+
+
+def spans(by_path, inputs, dtypes, sink) -> Iterator[Span]:
+    """All arrays, joined where they can be. Arguments as those of `streaming.mix`."""
+    alike: list[str] = []
+    for path, coefficients in by_path.items():
+        if alike and not (
+            dtypes[path] == dtypes[alike[-1]]
+            and _same(coefficients, by_path[alike[-1]])
+            and sink.precedes(alike[-1], path)
+            and all(flat[alike[-1]].precedes(flat[path]) for flat in inputs)
+            and all(_floating(flat[path].dtype) for flat in inputs)
+        ):
+            yield _span(alike, by_path, inputs, dtypes)
+            alike = []
+        alike.append(path)
+    if alike:
+        yield _span(alike, by_path, inputs, dtypes)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a is b or np.array_equal(a, b)
+
+
+@functools.cache
+def _floating(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, np.floating)
+
+
+def _span(alike: Sequence[str], by_path, inputs, dtypes) -> Span:
+    first, sizes = alike[0], [inputs[0][path].size for path in alike]
+    starts = list(zip([0, *itertools.accumulate(sizes)], alike, strict=False))
+    rows = [flat[first] for flat in inputs]
+    if len(alike) > 1:
+        rows = [leaf.until(sum(sizes), alike[-1]) for leaf in rows]
+    return Span(first, starts, rows, np.asarray(by_path[first]), dtypes[first])
+
+
+class Job(NamedTuple):
+    """The elements [start, stop) of a span. `unit`: how many are written at a time."""
+
+    span: Span
     start: int
     stop: int
     unit: int
 
 
-def split(path, inputs, coefficients, dtype, sink) -> Iterator[Job]:
-    """The jobs of one array."""
-    size, asked = inputs[0].size, sink.block(path)
-    blocks_of = [leaf.block for leaf in inputs]
-    unit = _multiple(max(asked, _step(inputs, dtype), *blocks_of), asked)
-    length = _multiple(max(_JOB, *(leaf.stretch for leaf in inputs)), unit)
-    for start in range(0, max(size, 1), length):
-        yield Job(path, inputs, coefficients, dtype, start, min(start + length, size), unit)
+def split(span: Span, sink) -> Iterator[Job]:
+    """The jobs of a span."""
+    size, asked = span.inputs[0].size, sink.block(span.path)
+    blocks_of = [leaf.block for leaf in span.inputs]
+    unit = _multiple(max(asked, _step(span), *blocks_of), asked)
+    length = _multiple(max(_JOB, *(leaf.stretch for leaf in span.inputs)), unit)
+    begin = 0
+    if max(asked, *blocks_of) == 1:  # a short one first, so that all others are written in pages
+        begin = sink.before(span.path, unit)
+    if 0 < begin < size:
+        yield Job(span, 0, begin, unit)
+    else:
+        begin = 0
+    for start in range(begin, max(size, 1), length):
+        yield Job(span, start, min(start + length, size), unit)
 
 
 def _multiple(size: int, of: int) -> int:
     return -(-size // of) * of
 
 
-def _in_turn(inputs: Sequence[Leaf]) -> bool:
+def _in_turn(span: Span) -> bool:
     """Whether one input after another is added to the sum: they come in large blocks."""
-    return max(leaf.block for leaf in inputs) > STEP
+    return max(leaf.block for leaf in span.inputs) > STEP
 
 
-def _is_16(inputs: Sequence[Leaf], dtype: np.dtype) -> bool:
-    """Whether the blocks of an array are summed by `blocks.Sum16`."""
-    same = all(leaf.dtype == dtype for leaf in inputs)
-    return same and dtype.name == "bfloat16" and inputs[0].size >= _SMALL16
+def _is_compiled(span: Span) -> bool:
+    """Whether the blocks of a span are summed by `blocks.Sum`."""
+    same = all(leaf.dtype == span.dtype for leaf in span.inputs)
+    return same and span.dtype.name in COMPILED and span.inputs[0].size >= _SMALL
 
 
-def _step(inputs: Sequence[Leaf], dtype: np.dtype) -> int:
+def _step(span: Span) -> int:
     """Elements of each input that are summed at a time."""
-    if _in_turn(inputs):
+    if _in_turn(span):
         return STEP
-    return step16(len(inputs)) if _is_16(inputs, dtype) else _power(_TOGETHER // len(inputs), 18)
+    return step(len(span.inputs), span.dtype if _is_compiled(span) else np.dtype(np.float32))
 
 
-def step16(n: int) -> int:
-    """Elements of each of n bfloat16 inputs that are summed by one call."""
-    return _power(_TOGETHER16 // n, 20)
-
-
-def _power(size: int, most: int) -> int:
-    """The power of two up to `size`, at least 2^14 and at most 2^most."""
-    return 2 ** min(max(size.bit_length() - 1, 14), most)
+def step(n: int, dtype: np.dtype) -> int:
+    """Elements of each of n inputs that are summed by one call: a power of two."""
+    share = min(max(_TOGETHER // n, 2**16), _MOST)
+    return 2 ** (share.bit_length() - 1) // dtype.itemsize
 
 
 _scratch = threading.local()  # a worker's buffers and compiled sums, kept between jobs
 
 
-def sum16(n: int, size: int = 0) -> blocks.Sum16:
+def sum_of(n: int, dtype: np.dtype, size: int = 0) -> blocks.Sum:
     """The worker's sum of n blocks of at least `size` elements, in the smaller of two lengths that
     will do; whole steps by default.
     """
-    step = step16(n)
-    length = step if not 0 < size <= step // 4 else step // 4
+    length = step(n, dtype)
+    if 0 < size <= length // 4:
+        length //= 4
     sums = _scratch.__dict__.setdefault("sums", {})
-    if (n, length) not in sums:
-        sums[n, length] = blocks.Sum16(n, length)
-    return sums[n, length]
+    if (n, dtype, length) not in sums:
+        sums[n, dtype, length] = blocks.Sum(n, length, dtype)
+    return sums[n, dtype, length]
 
 
 def _buffer(name: str, size: int, dtype: np.dtype) -> np.ndarray:
@@ -98,162 +165,213 @@ def _buffer(name: str, size: int, dtype: np.dtype) -> np.ndarray:
     return held[name][: size * dtype.itemsize].view(dtype)
 
 
-def run(job: Job, sink, names, progress, stopped) -> tuple[np.ndarray, float]:
-    """Does a job; returns its share of the Gram matrix and of ‖θ_0‖²."""
-    geometry = _Distances(job)
-    floating = all(jnp.issubdtype(leaf.dtype, np.floating) for leaf in job.inputs)
+def run_all(
+    jobs: Sequence[Job], sink, names, progress, num_workers: int
+) -> list[tuple[np.ndarray, float]]:
+    """Does all jobs, in their order; each one's share of the Gram matrix and of ‖θ_0‖².
+
+    The first error ends it.
+    """
+    shares: list[Any] = [None] * len(jobs)
+    stopped, numbers = threading.Event(), iter(range(len(jobs)))
+
+    def work() -> None:
+        try:
+            for number in numbers:  # which the workers share
+                if stopped.is_set():
+                    return
+                shares[number] = _run(jobs[number], sink, names, progress, stopped)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with futures.ThreadPoolExecutor(num_workers) as pool:
+        working = [pool.submit(work) for _ in range(num_workers)]
+        try:
+            for one in futures.as_completed(working):
+                one.result()
+        except BaseException:  # also an interrupt, which comes to this thread
+            stopped.set()
+            raise
+    return shares
+
+
+def _run(job: Job, sink, names, progress, stopped) -> tuple[np.ndarray, float]:
+    """Does one job."""
+    span, sample = job.span, _Sample(job)
+    floating = all(_floating(leaf.dtype) for leaf in span.inputs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))  # what is not finite is told by name
-        readers = [stack.enter_context(leaf.opened()) for leaf in job.inputs]
+        readers = [stack.enter_context(leaf.opened()) for leaf in span.inputs]
         if not floating:
-            add = _Copied(job, readers, names)
+            add = _Copied(span, readers, names)
         else:
-            add = (_InTurn if _in_turn(job.inputs) else _Together)(job, readers, geometry)
-        out = _buffer("out", min(job.unit, job.stop - job.start), job.dtype)
+            add = (_InTurn if _in_turn(span) else _Together)(span, readers, sample)
+        out = _buffer("out", min(job.unit, job.stop - job.start), span.dtype)
         for start in range(job.start, job.stop, job.unit):
             if stopped.is_set():
                 break
-            block = add.fill(start, out[: min(job.unit, job.stop - start)])
-            if floating and not blocks.finite(block):
-                raise _not_finite(job, start, len(block), names)
-            sink.write(job.path, start, block)
+            block, finite = add.fill(start, out[: job.stop - start])
+            if floating and not finite and not blocks.finite(block):
+                raise _not_finite(span, start, block, names)
+            sink.write(span.path, start, block)
             progress(len(block))
-    return geometry.gram, geometry.square_norm
+    return sample.products() if floating else (sample.gram, 0.0)
 
 
-class _Distances:
-    """⟨θ_i - θ_0, θ_j - θ_0⟩ and ‖θ_0‖² of a job, from its first elements."""
+class _Sample:
+    """Elements of a job's inputs, from which distances are measured: all, or some of the first
+    block.
+    """
 
     def __init__(self, job: Job):
-        n, self._size = len(job.inputs), job.stop - job.start
-        self.gram, self.square_norm = np.zeros((n, n)), 0.0
-        self.count = self._size if self._size <= _WHOLE else _SOME
+        n, self._size = len(job.span.inputs), job.stop - job.start
+        some = self._size > _WHOLE
+        self._every = min(job.unit, self._size) // _SOME | 1 if some else 1
+        self._first = job.start if some else None
+        self._wide = _wide(job.span)
+        self._parts: list[list[np.ndarray]] = [[] for _ in range(n)]
+        self.gram = np.zeros((n, n))
 
-    def take(self, rows: np.ndarray) -> None:
-        """[n, count] elements of the inputs."""
+    def take(self, k: int, start: int, block: np.ndarray) -> None:
+        """The block of input k, [m], from `start` on."""
+        if self._first is None or start == self._first:
+            self._parts[k].append(block[:: self._every].copy())
+
+    def products(self) -> tuple[np.ndarray, float]:
+        """(⟨θ_i - θ_0, θ_j - θ_0⟩ [n, n], ‖θ_0‖²) of the job."""
+        if not self._parts[0]:
+            return self.gram, 0.0
+        wide = [blocks.widen(np.concatenate(parts), self._wide) for parts in self._parts]
         # In float64, and short of its end, so that no finite input has an infinite distance.
-        rows = np.clip(rows.astype(np.float64), -1e100, 1e100)
+        rows = np.clip(np.stack(wide).astype(np.float64), -1e100, 1e100)
         share = self._size / max(rows.shape[1], 1)
-        self.square_norm = share * float(np.einsum("i,i->", rows[0], rows[0]))
+        square_norm = share * float(np.einsum("i,i->", rows[0], rows[0]))
         rows -= rows[0].copy()
         # Not BLAS, whose threads would wait for each other beside ours.
-        self.gram = share * np.einsum("ib,jb->ij", rows, rows)
+        return share * np.einsum("ib,jb->ij", rows, rows), square_norm
+
+
+def _wide(span: Span) -> np.dtype:
+    return blocks.wide_dtype([span.dtype, *(leaf.dtype for leaf in span.inputs)])
 
 
 class _Together:
     """Fills blocks from all inputs at once."""
 
-    def __init__(self, job: Job, readers, geometry: _Distances):
-        self._job, self._readers, self._geometry = job, readers, geometry
-        self._pairs = _is_16(job.inputs, job.dtype)
-        dtypes = [leaf.dtype for leaf in job.inputs]
-        self._wide = blocks.wide_dtype([job.dtype, *dtypes])
-        self._coefficients = job.coefficients.astype(self._wide)
-        self._step = _step(job.inputs, job.dtype)
+    def __init__(self, span: Span, readers, sample: _Sample):
+        self._span, self._readers, self._sample = span, readers, sample
+        self._wide, self._step = _wide(span), _step(span)
+        self._coefficients = span.coefficients.astype(self._wide)
+        self._fill = self._fill_compiled if _is_compiled(span) else self._fill_rows
 
-    def fill(self, start: int, out: np.ndarray) -> np.ndarray:
-        """The block of the mix from `start` on, in `out` or elsewhere."""
-        function = self._fill_pairs if self._pairs else self._fill_rows
+    def fill(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
+        """The block of the mix from `start` on, in `out` or elsewhere; whether it is finite, or
+        False where that is unknown.
+        """
         if len(out) <= self._step:
-            return function(start, out)
+            return self._fill(start, out)
+        all_finite = True
         for done in range(0, len(out), self._step):
             part = out[done : done + self._step]
-            if (found := function(start + done, part)) is not part:
+            found, finite = self._fill(start + done, part)
+            all_finite &= finite
+            if found is not part:
                 part[...] = found
-        return out
+        return out, all_finite
 
-    def _fill_pairs(self, start: int, out: np.ndarray) -> np.ndarray:
-        total = sum16(len(self._readers), len(out))
-        for reader, row in zip(self._readers, total.rows, strict=True):
+    def _fill_compiled(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
+        total = sum_of(len(self._readers), out.dtype, len(out))
+        for k, (reader, row) in enumerate(zip(self._readers, total.rows, strict=True)):
             reader.read(start, row[: len(out)])
-        if start == self._job.start:
-            some = [row[: self._geometry.count] for row in total.rows]
-            self._geometry.take(np.stack([blocks.widen(row, self._wide) for row in some]))
-        return total(self._coefficients)[: len(out)]
+            self._sample.take(k, start, row[: len(out)])
+        found, finite = total(self._coefficients)
+        return found[: len(out)], finite
 
-    def _fill_rows(self, start: int, out: np.ndarray) -> np.ndarray:
+    def _fill_rows(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
         size, n = len(out), len(self._readers)
         rows = _buffer("rows", n * size, self._wide).reshape(n, size)
-        for reader, leaf, row in zip(self._readers, self._job.inputs, rows, strict=True):
+        for k, (reader, leaf) in enumerate(zip(self._readers, self._span.inputs, strict=True)):
             if leaf.dtype == self._wide:
-                reader.read(start, row)
+                reader.read(start, rows[k])
             else:
                 raw = _buffer("raw", size, leaf.dtype)
                 reader.read(start, raw)
-                row[...] = blocks.widen(raw, self._wide)
+                rows[k] = blocks.widen(raw, self._wide)
+            self._sample.take(k, start, rows[k])
         in_place = out.dtype == self._wide
         total = out if in_place else _buffer("total", size, self._wide)
         np.einsum("k,kb->b", self._coefficients, rows, out=total)
-        if start == self._job.start:
-            self._geometry.take(rows[:, : self._geometry.count])
         if not in_place:
             blocks.round_into(total, out)
-        return out
+        return out, blocks.finite(out)
 
 
 class _InTurn:
     """Fills blocks from one input after another, so that a block of only one is held."""
 
-    def __init__(self, job: Job, readers, geometry: _Distances):
-        self._job, self._readers, self._geometry = job, readers, geometry
-        self._wide = blocks.wide_dtype([job.dtype, *(leaf.dtype for leaf in job.inputs)])
-        self._coefficients = job.coefficients.astype(self._wide)
+    def __init__(self, span: Span, readers, sample: _Sample):
+        self._span, self._readers, self._sample = span, readers, sample
+        self._wide = _wide(span)
+        self._coefficients = span.coefficients.astype(self._wide)
 
-    def fill(self, start: int, out: np.ndarray) -> np.ndarray:
-        """The block of the mix from `start` on, in `out`."""
-        size, first = len(out), start == self._job.start
-        in_place = out.dtype == self._wide
+    def fill(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
+        """The block of the mix from `start` on, in `out`; whether it is finite."""
+        size, in_place = len(out), out.dtype == self._wide
         total = out if in_place else _buffer("total", size, self._wide)
-        some = np.empty((len(self._readers), self._geometry.count if first else 0), self._wide)
-        for k, (reader, leaf) in enumerate(zip(self._readers, self._job.inputs, strict=True)):
+        for k, (reader, leaf) in enumerate(zip(self._readers, self._span.inputs, strict=True)):
             raw = _buffer("raw", size, leaf.dtype)
             reader.read(start, raw)
             values = blocks.widen(raw, self._wide)
-            some[k] = values[: some.shape[1]]
+            self._sample.take(k, start, values)
             if k == 0:
                 np.multiply(values, self._coefficients[0], out=total)
             else:
                 np.multiply(values, self._coefficients[k], out=values)
                 np.add(total, values, out=total)
-        if first:
-            self._geometry.take(some)
         if not in_place:
             blocks.round_into(total, out)
-        return out
+        return out, blocks.finite(out)
 
 
 class _Copied:
     """Fills blocks with what all inputs hold alike."""
 
-    def __init__(self, job: Job, readers, names):
-        self._job, self._readers, self._names = job, readers, names
+    def __init__(self, span: Span, readers, names):
+        self._span, self._readers, self._names = span, readers, names
 
-    def fill(self, start: int, out: np.ndarray) -> np.ndarray:
-        first = np.empty(len(out), self._job.inputs[0].dtype)
+    def fill(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
+        inputs = self._span.inputs
+        first = np.empty(len(out), inputs[0].dtype)
         self._readers[0].read(start, first)
         for k in range(1, len(self._readers)):
-            other = np.empty(len(out), self._job.inputs[k].dtype)
+            other = np.empty(len(out), inputs[k].dtype)
             self._readers[k].read(start, other)
             if not np.array_equal(first, other):
                 raise ValueError(
-                    f"{self._job.path!r} is {first.dtype} in {self._names[0]} and not the same in "
-                    f"{self._names[k]}; only floating-point parameters can be mixed"
+                    f"{self._span.path!r} is {first.dtype} in {self._names[0]} and not the same "
+                    f"in {self._names[k]}; only floating-point parameters can be mixed"
                 )
         out[...] = first
-        return out
+        return out, True
 
 
-def _not_finite(job: Job, start: int, size: int, names: Sequence[str]) -> ValueError:
-    for leaf, name in zip(job.inputs, names, strict=True):
-        values = np.empty(size, leaf.dtype)
+def _not_finite(span: Span, start: int, block: np.ndarray, names: Sequence[str]) -> ValueError:
+    """Says which input, and which array, made a block of the mix [size] NaN or infinite."""
+    for leaf, name in zip(span.inputs, names, strict=True):
+        values = np.empty(len(block), leaf.dtype)
         with leaf.opened() as reader:
             reader.read(start, values)
-        if bad := int(size - np.isfinite(values).sum()):
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            path, first, end = span.at(start + bad[0])
+            whole = start <= first and end <= start + len(block)
             return ValueError(
-                f"{name}: {job.path!r} holds {bad} values that are NaN or infinite"
-                f"{' in one block' if size < leaf.size else ''}; the checkpoint's training "
-                "diverged or the file is damaged, so it cannot be mixed"
+                f"{name}: {path!r} holds {int((bad < end - start).sum())} values that are NaN or "
+                f"infinite{'' if whole else ' in one block'}; the checkpoint's training diverged "
+                "or the file is damaged, so it cannot be mixed"
             )
+    path, *_ = span.at(start + int(np.flatnonzero(~np.isfinite(block))[0]))
     return ValueError(
-        f"the mix of {job.path!r} does not fit into {job.dtype}; choose a wider config.mix.dtype"
+        f"the mix of {path!r} does not fit into {span.dtype}; choose a wider config.mix.dtype"
     )

@@ -58,6 +58,17 @@ class Leaf(abc.ABC):
     def reader(self) -> Reader:
         """A new reader; close it."""
 
+    def precedes(self, other: "Leaf") -> bool:
+        """Whether the content of another leaf, of the same dtype, comes right behind this one's, so
+        that both can be read as one.
+        """
+        del other
+        return False
+
+    def until(self, size: int, last: str) -> "Leaf":
+        """A leaf of `size` elements: this one's and those of its followers, down to path `last`."""
+        raise NotImplementedError
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[Reader]:
         """A reader that is closed at the end."""
@@ -115,6 +126,18 @@ class Sink(abc.ABC):
         """Elements: writes begin at its multiples and hold as many, or all that is left."""
         del path
         return 1
+
+    def before(self, path: str, count: int) -> int:
+        """Elements of an array before the first that lies on a multiple of so many in its file: a
+        write of `count` that begins there fills whole pages.
+        """
+        del path, count
+        return 0
+
+    def precedes(self, path: str, other: str) -> bool:
+        """Whether what is written beyond the end of one array becomes the start of another."""
+        del path, other
+        return False
 
     @abc.abstractmethod
     def write(self, path: str, start: int, values: np.ndarray) -> None:

@@ -60,6 +60,17 @@ class TensorLeaf(leaves.Leaf):
     def reader(self) -> leaves.Reader:
         return _Reader(self)
 
+    def precedes(self, other: leaves.Leaf) -> bool:
+        return (
+            isinstance(other, TensorLeaf)
+            and other.offset == self.offset + self.nbytes
+            and other.dtype == self.dtype
+            and (other.file is self.file or other.file == self.file)
+        )
+
+    def until(self, size: int, last: str) -> "TensorLeaf":
+        return dataclasses.replace(self, shape=(size,), path=f"{self.path} ... {last}")
+
 
 class _Reader(leaves.Reader):
     def __init__(self, leaf: TensorLeaf):
@@ -68,10 +79,10 @@ class _Reader(leaves.Reader):
 
     def read(self, start: int, out: np.ndarray) -> None:
         leaf, target = self._leaf, memoryview(out.view(np.uint8))
-        offset, done = leaf.offset + start * leaf.dtype.itemsize, 0
-        while done < len(target):
+        offset = leaf.offset + start * out.itemsize
+        while target:
             try:
-                count = os.preadv(self._descriptor, [target[done:]], offset + done)
+                count = os.preadv(self._descriptor, [target], offset)
             except OSError as error:  # of a disk that fails; the system does not say which file
                 raise OSError(
                     f"{leaf.file}: {leaf.path!r} cannot be read: {error.strerror}"
@@ -80,7 +91,7 @@ class _Reader(leaves.Reader):
                 raise ValueError(
                     f"{leaf.file}: {leaf.path!r} ends early; the file was cut while it was read"
                 )
-            done += count
+            target, offset = target[count:], offset + count
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -285,6 +296,15 @@ class TensorWriter(leaves.Sink):
             begin, _ = header[tensor]["data_offsets"]
             self._places[tensor] = descriptor, 8 + len(raw) + begin
 
+    def before(self, path: str, count: int) -> int:
+        itemsize = self._shapes[path][1].itemsize
+        return -self._places[path][1] % (count * itemsize) // itemsize
+
+    def precedes(self, path: str, other: str) -> bool:
+        descriptor, offset = self._places[path]
+        shape, dtype = self._shapes[path]
+        return self._places[other] == (descriptor, offset + math.prod(shape) * dtype.itemsize)
+
     def write(self, path: str, start: int, values: np.ndarray) -> None:
         descriptor, offset = self._places[path]
         source = memoryview(np.ascontiguousarray(values).view(np.uint8))
@@ -306,9 +326,9 @@ class TensorWriter(leaves.Sink):
 
 def _write_all(descriptor: int, source: memoryview, offset: int) -> None:
     """A disk that is nearly full takes a part first; only the next call says so."""
-    done = 0
-    while done < len(source):
-        done += os.pwrite(descriptor, source[done:], offset + done)
+    while source:
+        count = os.pwrite(descriptor, source, offset)
+        source, offset = source[count:], offset + count
 
 
 def write(

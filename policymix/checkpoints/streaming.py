@@ -1,12 +1,12 @@
 """Mixing straight from disk to disk: a block of each input at a time, never a tree.
 
-A job is a stretch of one array: its blocks are read from every input in turn, summed in float32
-(float64 for float64 inputs), rounded once to the output dtype, and written. Several workers
-overlap reading, arithmetic and writing; what they hold does not depend on how large the
-checkpoints are, nor on how many there are. The same pass measures how far the inputs lie apart.
+A job is a stretch of one array, or of several that lie together: its blocks are read from every
+input in turn, summed in float32 (float64 for float64 inputs), rounded once to the output dtype, and
+written. Several workers overlap reading, arithmetic and writing; what they hold does not depend on
+how large the checkpoints are, nor on how many there are. The same pass measures how far the inputs
+lie apart.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -29,8 +29,8 @@ class Geometry(NamedTuple):
     """How the inputs of a mix lie to each other.
 
     Attributes:
-      gram: float64 [n, n], ⟨θ_i - θ_0, θ_j - θ_0⟩ over all parameters; of arrays with more than
-        2^16 elements, estimated from the first 2^14 of every sixteen million.
+      gram: float64 [n, n], ⟨θ_i - θ_0, θ_j - θ_0⟩ over all parameters; of stretches with more than
+        2^16 elements, estimated from some of the first megabyte of every eight million.
       square_norm: float64 [], ‖θ_0‖², likewise.
     """
 
@@ -108,26 +108,16 @@ def mix(
     by_path = trees.coefficients_by_path(coefficients, list(inputs[0]), len(inputs))
     jobs = [
         job
-        for path in by_path
-        for job in jobs_lib.split(
-            path, [flat[path] for flat in inputs], np.asarray(by_path[path]), dtypes[path], sink
-        )
+        for span in jobs_lib.spans(by_path, inputs, dtypes, sink)
+        for job in jobs_lib.split(span, sink)
     ]
     # Long ones first, so that the last to end are short.
     jobs.sort(key=lambda job: job.start - job.stop)
-    gram, square_norm = np.zeros((len(inputs),) * 2), 0.0
-    stopped = threading.Event()
-    with futures.ThreadPoolExecutor(num_workers or min(processes.num_cores(), _WORKERS)) as pool:
-        running = [pool.submit(jobs_lib.run, job, sink, names, progress, stopped) for job in jobs]
-        try:
-            for done in futures.as_completed(running):
-                done.result()  # the first error ends it
-        except BaseException:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    workers = num_workers or min(processes.num_cores(), _WORKERS)
+    shares = jobs_lib.run_all(jobs, sink, names, progress, workers)
     # In the order of the jobs, so that the same mix has the same numbers.
-    for job_gram, job_norm in (one.result() for one in running):
+    gram, square_norm = np.zeros((len(inputs),) * 2), 0.0
+    for job_gram, job_norm in shares:
         gram += job_gram
         square_norm += job_norm
     return Geometry(gram, square_norm)

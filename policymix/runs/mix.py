@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from policymix import files, hub, memory, metrics, trees
-from policymix.checkpoints import assets, layout, provenance, store, streaming
+from policymix.checkpoints import assets, blocks, layout, provenance, store, streaming
 from policymix.data import validation as validation_lib
 from policymix.models import siglip
 from policymix.reports import mixes, tables
@@ -33,6 +33,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
       ValueError, OSError, FloatingPointError: bad input; one clear message, and no output.
     """
     started = time.monotonic()
+    blocks.run_inline()
     request = dataclasses.replace(request, checkpoints=layout.expand(request.checkpoints))
     repeat = None
     if request.repeat:

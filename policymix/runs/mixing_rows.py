@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from policymix import memory, processes, trees
-from policymix.checkpoints import items, jobs, keymaps, safetensors, streaming
+from policymix.checkpoints import blocks, items, jobs, keymaps, safetensors, streaming
 from policymix.models import pi0
 from policymix.runs import measurements
 
@@ -86,10 +86,11 @@ def write_item(directory: pathlib.Path, model: pi0.Pi0Config, seed: int) -> str:
 def mix_tensors(paths: Sequence[str], output: str) -> Callable[[], None]:
     """Ours: safetensors → safetensors."""
     memory.keep_freed()
+    blocks.run_inline()
     n = len(paths)
-    if "bfloat16" in {str(leaf.dtype) for leaf in _opened(paths[0])[0].values()}:
+    for dtype in {leaf.dtype for leaf in _opened(paths[0])[0].values()}:
         for size in (0, 1):  # compiles
-            jobs.sum16(n, size)(np.ones(n, np.float32))
+            jobs.sum_of(n, dtype, size)(np.ones(n, np.float32))
 
     def run():
         opened = [_opened(path) for path in paths]

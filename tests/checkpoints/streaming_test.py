@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from policymix import trees
-from policymix.checkpoints import provenance, store, streaming
+from policymix.checkpoints import jobs, provenance, safetensors, store, streaming
 from policymix.mixing.objective import in_memory
 from tests import oracle
 
@@ -65,6 +65,69 @@ def test_bfloat16_is_correctly_rounded_but_for_ties(written):
         slack = 4 * np.finfo(np.float32).eps * _exact(c, [abs(leaf) for leaf in leaves])
         assert np.all(abs(mixed - exact) <= abs(rounded - exact) + slack)
     assert np.mean(mixed == rounded) >= 0.997
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_large_blocks_are_summed_to_the_same_bits_as_small_ones(tmp_path, dtype):
+    size = jobs.step(2, np.dtype(dtype)) + 5  # one call, and the rest of the next
+    opened, rows, c = [], [], np.array([0.517, 0.483], np.float32)
+    for k in range(2):
+        rows.append(np.random.default_rng(k).standard_normal(size).astype(dtype))
+        (tmp_path / str(k)).mkdir()
+        safetensors.write(tmp_path / str(k), {"w": rows[k], "x": rows[k][:9]})
+        opened.append(safetensors.open_tensors(tmp_path / str(k) / "model.safetensors")[0])
+    mixed = streaming.combine(opened, c, NAMES[:2]).params
+    wide = [row.astype(np.float32) for row in rows]
+    expected = (c[0] * wide[0] + c[1] * wide[1]).astype(dtype)
+    assert mixed["w"].tobytes() == expected.tobytes()
+    assert mixed["x"].tobytes() == expected[:9].tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [100, 200_000])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_arrays_that_are_read_as_one_are_named(tmp_path, dtype, size, bad):
+    opened = []
+    for k in range(2):
+        arrays = {name: np.ones(size, dtype) for name in "abcd"}
+        arrays["c"][[-1, 7]] = bad if k else 1.0
+        arrays["d"][0] = bad if k else 1.0
+        (tmp_path / str(k)).mkdir()
+        safetensors.write(tmp_path / str(k), arrays)
+        opened.append(safetensors.open_tensors(tmp_path / str(k) / "model.safetensors")[0])
+    (tmp_path / "mix").mkdir()
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in opened[0].items()}
+    layout = safetensors.Layout((("model.safetensors", tuple(shapes)),), {}, index=False)
+    dtypes = {name: leaf.dtype for name, leaf in opened[0].items()}
+    with safetensors.TensorWriter(tmp_path / "mix", shapes, layout) as sink:
+        (span,) = jobs.spans(dict.fromkeys("abcd", np.ones(2)), opened, dtypes, sink)
+        assert [name for _, name in span.starts] == list("abcd")
+        with pytest.raises(ValueError, match=r"two: 'c' holds [12] values that are NaN or inf"):
+            streaming.mix(opened, [0.5, 0.5], NAMES[:2], sink, dtypes)
+
+
+def test_arrays_are_read_as_one_only_where_they_are_mixed_alike(tmp_path):
+    for name, kinds in (("one", "ffff"), ("two", "ffef")):
+        arrays = {key: np.full(3, 2.0, kind) for key, kind in zip("abcd", kinds, strict=True)}
+        (tmp_path / name).mkdir()
+        safetensors.write(tmp_path / name, arrays)
+    opened = [
+        safetensors.open_tensors(tmp_path / name / "model.safetensors")[0]
+        for name in ("one", "two")
+    ]
+    (tmp_path / "mix").mkdir()
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in opened[0].items()}
+    layout = safetensors.Layout((("model.safetensors", tuple(shapes)),), {}, index=False)
+    dtypes = {name: leaf.dtype for name, leaf in opened[0].items()}
+    groups = {"a": [0.5, 0.5], ".*": [1.0, 2.0]}
+    with safetensors.TensorWriter(tmp_path / "mix", shapes, layout) as sink:
+        by_path = trees.coefficients_by_path(groups, list("abcd"), 2)
+        spans = list(jobs.spans(by_path, opened, dtypes, sink))
+        assert [span.path for span in spans] == list("abcd")
+        streaming.mix(opened, groups, NAMES[:2], sink, dtypes)
+        sink.finish()
+    mixed, _ = safetensors.open_tensors(tmp_path / "mix" / "model.safetensors")
+    assert [leaf.read().tolist() for leaf in mixed.values()] == [[2.0] * 3] + [[6.0] * 3] * 3
 
 
 def test_streaming_and_trees_give_the_same_mix_also_by_groups(written):
