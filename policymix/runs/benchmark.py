@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,13 @@ def run(
     config: pi0.Pi0Config,
     small: ml_collections.ConfigDict,
     rows: Sequence[str],
-    files_model: pi0.Pi0Config = mixing_rows.MODEL,
+    files: Mapping[str, pi0.Pi0Config] = mixing_rows.MODELS,
 ) -> str:
     """Measures the named rows, or all, on freshly initialised models; returns the table.
 
     Args:
       config: the model of `gradient` and `sampling`; small: the policy of `training` and
-        `rollouts`, whole; files_model: that of the checkpoints on disk.
+        `rollouts`, whole; files: the models of the checkpoints on disk, by dtype.
     """
     chosen = rows or list(ROWS)
     if unknown := [row for row in chosen if row not in ROWS]:
@@ -46,7 +46,7 @@ def run(
     lines, notes = [], []
     for name in chosen:
         measure, of = ROWS[name]
-        for row in measure({"network": config, "policy": small, "files": files_model}[of]):
+        for row in measure({"network": config, "policy": small, **files}[of]):
             lines.append(_line(row))
             notes += [f"{row.name}: {row.note}"] if row.note else []
     header = ["ours / theirs", "wall s", "CPU s", "faster", "peak MB"]
@@ -206,10 +206,10 @@ def _row_rollouts(config: ml_collections.ConfigDict) -> list[Row]:
 
 
 ROWS = {  # name: how it is measured, and what it is given
-    "float32": (mixing_rows.float32_row, "files"),
-    "bfloat16": (mixing_rows.bfloat16_row, "files"),
-    "orbax": (mixing_rows.orbax_row, "files"),
-    "twenty": (mixing_rows.twenty_row, "files"),
+    "float32": (mixing_rows.float32_row, "float32"),
+    "bfloat16": (mixing_rows.bfloat16_row, "bfloat16"),
+    "orbax": (mixing_rows.orbax_row, "float32"),
+    "twenty": (mixing_rows.twenty_row, "float32"),
     "coefficients": (_row_coefficients, "network"),  # of 3 checkpoints, on 4 batches of 2
     "gradient": (_row_coefficient_gradient, "network"),  # in 3 coefficients, over 4 batches of 2
     "training": (_row_training, "policy"),  # 50 steps at batch 64

@@ -22,16 +22,22 @@ from policymix.checkpoints import blocks, items, jobs, keymaps, safetensors, str
 from policymix.models import pi0
 from policymix.runs import measurements
 
-_GEMMA = {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 64}
-# π0.5 with the depth, and the proportions of its arrays, of the real one: 257 M parameters.
-MODEL = pi0.Pi0Config(
-    paligemma_variant={"width": 560, "mlp_dim": 4480, **_GEMMA},
-    action_expert_variant={"width": 280, "mlp_dim": 1120, **_GEMMA},
-    siglip_variant="S/14",
-    siglip_depth=27,
-    vocab_size=53_000,
-    pi05=True,
-)
+
+def _model(width: int, vocab_size: int) -> pi0.Pi0Config:
+    """π0.5 with the depth, and the proportions of its arrays, of the real one."""
+    gemma = {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 64}
+    return pi0.Pi0Config(
+        paligemma_variant={"width": width, "mlp_dim": 8 * width, **gemma},
+        action_expert_variant={"width": width // 2, "mlp_dim": 2 * width, **gemma},
+        siglip_variant="S/14",
+        siglip_depth=27,
+        vocab_size=vocab_size,
+        pi05=True,
+    )
+
+
+# Files of 1.2 GB in float32, and of 1 GB in bfloat16.
+MODELS = {"float32": _model(560, 53_000), "bfloat16": _model(800, 60_000)}
 _MEGABYTE = 2**20
 
 
@@ -226,6 +232,7 @@ def _sides(names: Sequence[str], paths: Sequence[str], folder: pathlib.Path):
 
         def measure():
             shutil.rmtree(folder / "out", ignore_errors=True)
+            os.sync()  # or one side would wait for what another left to be written
             return inner()
 
         return measure

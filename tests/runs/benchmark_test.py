@@ -20,7 +20,8 @@ def tiny(monkeypatch):
 
 def run(rows):
     config = policies.model_config(pi0_libero.get_config("debug"), why="a test")
-    return benchmark.run(config, pi0_metaworld.get_config("debug"), rows, files_model=config)
+    files = dict.fromkeys(("float32", "bfloat16"), config)
+    return benchmark.run(config, pi0_metaworld.get_config("debug"), rows, files)
 
 
 @pytest.mark.slow
