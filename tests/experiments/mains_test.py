@@ -43,6 +43,7 @@ def fails(main: str, *arguments: str, **variables: str) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_the_workflow_from_data_to_a_mix(tmp_path):
     for seed in (1, 2):
         arguments = (

@@ -72,7 +72,10 @@ def test_groups_that_match_nothing_are_told_before_any_work(request_for, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["gradient_descent", "bfgs", "gauss_newton"])
+METHODS = ["gradient_descent", "bfgs", pytest.param("gauss_newton", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_coefficients_are_learned_by_group(method, request_for, tmp_path):
     config = debug_config(num_iterations=3)
     config.mix.groups = ("vision", "action_expert", "rest=.*")

@@ -28,7 +28,7 @@ def again(tmp_path, source="out", **fields):
     return mix.mix(common.get_config(), request)
 
 
-@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("", marks=pytest.mark.slow), "bfloat16"])
 def test_a_learned_mix_is_made_again_bit_for_bit(dtype, request_for, tmp_path):
     config = debug_config(num_iterations=2, dtype=dtype)
     config.mix.groups = tuple(keymaps.GROUPS)
@@ -144,7 +144,7 @@ def test_a_landscape_of_four_is_refused_before_any_work(request_for, singles):
 # A search that reads from disk
 
 
-@pytest.mark.parametrize("method", ["bfgs", "gauss_newton"])
+@pytest.mark.parametrize("method", ["bfgs", pytest.param("gauss_newton", marks=pytest.mark.slow)])
 def test_a_search_on_disk_finds_what_one_in_memory_finds(method, request_for, tmp_path):
     found = []
     for where in ("memory", "disk"):
