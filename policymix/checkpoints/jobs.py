@@ -18,8 +18,8 @@ from policymix.checkpoints.leaves import Leaf
 COMPILED = "float32", "bfloat16"  # what `blocks.Sum` adds
 
 STEP = 2**17  # elements read from one input at a time, where it is added to the sum alone
-# Bytes of all inputs together, and of one, that are summed in one pass: what is read should still be
-# in the cache when it is summed, and be worth its calls. A megabyte is quickest to read and write.
+# Bytes of all inputs together, and of one, that are summed in one pass: what was read should still
+# be in the cache when it is summed, and be worth its calls. A megabyte is quickest to write.
 _TOGETHER, _MOST = 8 * 2**20, 2**20
 _SMALL = 2**17  # fewer elements are not worth a compiled call
 _JOB = 2**23  # elements of a job, at least, where nothing asks for more

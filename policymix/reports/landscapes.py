@@ -18,10 +18,12 @@ def draw(
     coefficients: np.ndarray,
     losses: np.ndarray,
     names: Sequence[str],
-    chosen: np.ndarray | None,
+    chosen: Sequence[np.ndarray],
     path: pathlib.Path,
 ) -> None:
-    """Writes the picture of [m, n] coefficients on a simplex and their [m] losses, n = 2 or 3."""
+    """Writes the picture of [m, n] coefficients on a simplex and their [m] losses, n = 2 or 3,
+    with a mark at each [n] of `chosen`.
+    """
     figure = matplotlib.figure.Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
     if coefficients.shape[1] == 2:
@@ -36,8 +38,8 @@ def _segment(axis, coefficients, losses, names, chosen) -> None:
     axis.plot(coefficients[order, 1], losses[order], marker=".", color="#2f4b7c")
     best = int(np.argmin(losses))
     axis.plot(coefficients[best, 1], losses[best], "o", color="black", label="lowest here")
-    if chosen is not None:
-        axis.axvline(chosen[1], color=_MIX, label="the mix")
+    for number, place in enumerate(chosen):
+        axis.axvline(place[1], color=_MIX, label=None if number else "the mix")
     axis.set_xlabel(f"coefficient of {names[1]} (0: {names[0]} alone)")
     axis.set_ylabel("loss on the selection batches")
     axis.legend()
@@ -51,9 +53,10 @@ def _triangle(axis, coefficients, losses, names, chosen) -> None:
     axis.figure.colorbar(filled, ax=axis, label="loss on the selection batches", shrink=0.8)
     best = int(np.argmin(losses))
     axis.plot(x[best], y[best], "o", color="white", markeredgecolor="black", label="lowest here")
-    if chosen is not None:
-        place = chosen @ _CORNERS
-        axis.plot(*place, "X", color=_MIX, markeredgecolor="white", markersize=12, label="the mix")
+    for number, mix in enumerate(chosen):
+        label = None if number else "the mix"
+        style = {"color": _MIX, "markeredgecolor": "white", "markersize": 12, "label": label}
+        axis.plot(*(mix @ _CORNERS), "X", **style)
     for corner, name, where in zip(_CORNERS, names, ("right", "left", "center"), strict=True):
         up = corner[1] > 0
         axis.annotate(

@@ -4,7 +4,6 @@ they share.
 
 import dataclasses
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -209,7 +208,7 @@ def open_inputs(
     prints = tuple(provenance.fingerprint(name) for name in names)
     for k, (name, one) in enumerate(zip(names, prints, strict=True)):
         if (first := prints.index(one)) < k:
-            same = os.path.realpath(name) == os.path.realpath(names[first])
+            same = opened[k].place.params.resolve() == opened[first].place.params.resolve()
             raise ValueError(
                 f"{name} is given twice; name it once, with a larger coefficient if it is to count "
                 "more"

@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,12 @@ def points(n: int) -> np.ndarray:
 
 
 def draw(
-    objective: Objective, names: list[str], chosen: np.ndarray | None, path: pathlib.Path
+    objective: Objective, names: list[str], chosen: Sequence[np.ndarray], path: pathlib.Path
 ) -> dict[str, Any]:
     """Evaluates the grid on all selection batches, and draws it to `path`.
 
     Args:
-      names: of the n checkpoints. chosen: [n], the mix that was written; None with groups.
+      names: of the n checkpoints. chosen: [n] each, the mixes that were written, without groups.
 
     Returns:
       For mix.json: coefficients [m][n] and loss [m].

@@ -69,6 +69,8 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
             if method == "interpolate" and not repeat:
                 told["merge_ratio"] = request.ratios[0]
             report = _write(task, found.coefficients, told, partial)
+        if request.landscape:
+            report["landscape"] = _landscape(task, report, partial / "landscape.png")
         inputs.check_unchanged()
         report["seconds"] = time.monotonic() - started
         report["peak_memory_bytes"] = memory.peak_bytes()
@@ -249,8 +251,6 @@ def _write(
         written = store.open_params(output.params(directory), inputs.siglip_heads)
         report["loss"] = task.judge.losses("the mix", written)
     report["advice"] = advice.of(report, _examples(task))
-    if task.request.landscape:
-        report["landscape"] = _landscape(task, coefficients, directory / "landscape.png")
     mixes.draw(report, directory / "mix.png")
     return report
 
@@ -264,10 +264,11 @@ def _examples(task: Task) -> dict[str, np.ndarray] | None:
     return {n: task.judge.examples[key, "held_out"] for n, key in zip(names, keys, strict=True)}
 
 
-def _landscape(task: Task, coefficients: Any, path: pathlib.Path) -> dict[str, Any]:
+def _landscape(task: Task, report: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
     rows = list(task.inputs.mixed)
     names = tables.labels([task.inputs.names[row] for row in rows])
-    chosen = None if isinstance(coefficients, Mapping) else np.asarray(coefficients)[rows]
+    written = [one["coefficients"] for one in report.get("sweep", [report])]
+    chosen = [np.asarray(c)[rows] for c in written if not isinstance(c, Mapping)]
     objective = task.judge.objective(task.inputs, task.config.mix)
     return landscapes.draw(objective, names, chosen, path)
 

@@ -133,6 +133,26 @@ def test_the_loss_is_drawn_over_all_mixes(n, request_for, tmp_path, monkeypatch)
     assert (tmp_path / "out/landscape.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_is_drawn_into_one_landscape(request_for, singles, tmp_path, monkeypatch):
+    monkeypatch.setattr(landscapes, "_POINTS", {2: 3})
+    request = request_for(
+        "var1",
+        base=singles["base"],
+        merge_ratios=(0.25, 0.75),
+        validation=VALIDATION,
+        landscape=True,
+    )
+    report = mix.mix(debug_config(), request)
+    assert len(report["landscape"]["loss"]) == 3
+    found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*.png"))
+    assert found == [
+        "landscape.png",
+        "merge_ratio=0.25/mix.png",
+        "merge_ratio=0.75/mix.png",
+        "mix.png",
+    ]
+
+
 def test_a_landscape_of_four_is_refused_before_any_work(request_for, singles):
     request = request_for(
         checkpoints=tuple(singles.values()), validation=VALIDATION, landscape=True
