@@ -93,13 +93,15 @@ class Inputs:
         return first_id, {key: merge([s[key] for s in stats], chosen) for key in first}
 
     def _with_stats_of(self, asset_id: str) -> list[int]:
-        """The rows whose statistics count: all that are mixed, but for a base that knows other
-        robots only, as OpenPI's bases do for whoever has a robot of his own.
+        """The rows whose statistics count: all that are mixed, but for a base that has none, or
+        knows other robots only, as OpenPI's bases do for whoever has a robot of his own.
         """
         rows = list(self.mixed)
-        if self.base in rows and asset_id:
-            known = assets.find(self.names[self.base], assets.NORM_STATS)
-            if any(known) and asset_id not in known:
+        if self.base in rows:
+            base = self.names[self.base]
+            known = assets.find(base, assets.NORM_STATS)
+            others = asset_id and any(known) and asset_id not in known
+            if others or (not known and not assets.norm_stats_of(base)):
                 rows.remove(self.base)
         return rows
 

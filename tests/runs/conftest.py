@@ -2,6 +2,7 @@
 
 import pytest
 
+from policymix.checkpoints import streaming
 from policymix.runs import mix
 from tests import oracle
 
@@ -23,3 +24,13 @@ def request_for(singles, tmp_path):
         return mix.Request(**{"checkpoints": chosen, "output": tmp_path / "out"} | fields)
 
     return make
+
+
+@pytest.fixture
+def before_any_work(monkeypatch):
+    """No array is read: what is wrong can be known from headers."""
+
+    def read(*_, **__):
+        raise AssertionError("arrays were read before the fault was told")
+
+    monkeypatch.setattr(streaming, "mix", read)

@@ -253,6 +253,12 @@ def test_a_base_that_knows_other_robots_only_takes_the_fine_tunes_statistics(mer
     assert (output / "0/assets/fake_robot/norm_stats.json").is_file()
 
 
+def test_a_base_of_bare_parameters_takes_the_fine_tunes_statistics(merge, fork, tmp_path):
+    shutil.copytree(fork / "pi05_base/params", tmp_path / "bare/params")
+    output = merge(f"mix.py … --base={tmp_path / 'bare/params'}")
+    assert (output / "0/assets/fake_robot/norm_stats.json").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_training_before_the_merge(name, tmp_path, monkeypatch):
