@@ -26,9 +26,14 @@ def define_config(main_file: str, default: str = "common.py") -> flags.FlagHolde
     if str(root) not in sys.path:  # config files import configs.common
         sys.path.insert(0, str(root))
     path = str(root / "configs" / default)
-    return config_flags.DEFINE_config_file(
-        "config", path, "FILE[:debug], and --config.section.field=value."
-    )
+    told = "FILE[:debug], and --config.section.field=value."
+    try:  # overrides of the default are looked at here, those of another file when flags are read
+        return config_flags.DEFINE_config_file("config", path, told)
+    except Exception as error:
+        if "--verbose" in sys.argv:
+            traceback.print_exc()
+        _fail(f"flags: {_one_line(error.__cause__ or error)}")
+        raise
 
 
 def run(main: Callable[[], None]) -> None:

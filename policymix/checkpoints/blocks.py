@@ -2,7 +2,8 @@
 
 Large blocks of one dtype are summed by a compiled pass. For bfloat16 it takes pairs of elements,
 each half of a 32-bit word being a float32 whose lower bits are masked out. What is small, of mixed
-dtypes or in float64, numpy sums, to the same bits.
+dtypes or in float64, numpy sums. The two differ in the last bit of some float32 sums, since the
+compiled pass rounds a product and its addition at once, and takes numbers below 1.2e-38 as zero.
 """
 
 import functools
@@ -32,7 +33,9 @@ def widen(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def round_into(values: np.ndarray, out: np.ndarray) -> None:
-    """Rounds [m] to the dtype of `out`, to nearest, ties to even. May change `values`."""
+    """Rounds [m] to the dtype of `out`, to nearest, ties to even (float64 by way of float32 where
+    that is bfloat16). May change `values`.
+    """
     if out.dtype != _BFLOAT16 or values.dtype != np.float32:
         with np.errstate(over="ignore", invalid="ignore"):
             out[...] = values
@@ -82,13 +85,22 @@ class Sum:
         self._dtype, self._function = dtype, _sum_pairs if dtype == _BFLOAT16 else _sum
         # The same memory as jax knows it: what it holds when a sum is called is what is summed.
         words = [row.view(np.uint32) if dtype == _BFLOAT16 else row for row in self.rows]
-        self._words = [jax.dlpack.from_dlpack(row) for row in words]
+        self._words = [jax.dlpack.from_dlpack(row, copy=False) for row in words]
 
     def __call__(self, coefficients: np.ndarray) -> tuple[np.ndarray, bool]:
         """float32 [n] → (its dtype [size], read-only; whether all of it is finite)."""
         total, signs = self._function(coefficients, self._words)
         finite = bool((np.asarray(signs) >= 0).all())
         return np.asarray(total).view(self._dtype), finite
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether jax may use this machine's CPU; JAX_PLATFORMS=cuda keeps it from it."""
+    try:
+        return bool(jax.devices("cpu"))
+    except RuntimeError:
+        return False
 
 
 def run_inline() -> None:

@@ -108,7 +108,7 @@ class PiecedSink(leaves.Sink):
 
     def block(self, path: str) -> int:
         pieces = self._made[path].pieces
-        return 1 if all(map(_in_order, pieces)) else math.prod(pieces[0].part)
+        return 1 if all(map(_in_order, pieces)) else max(math.prod(pieces[0].part), 1)
 
     def write(self, path: str, start: int, values: np.ndarray) -> None:
         pieces, done = self._made[path].pieces, 0
@@ -167,7 +167,8 @@ def renamed(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraLeaf(Leaf):
-    """w + A B over the last two axes, in float32 or wider, as it is read.
+    """w + A B over the last two axes, summed in float32 or wider as it is read, and rounded to the
+    widest dtype of the three.
 
     OpenPI scales attention by alpha / rank and the feed-forward layers not at all; its variants
     have alpha = rank, so that both are 1.

@@ -152,7 +152,13 @@ class ItemWriter(leaves.Sink):
 
     def block(self, path: str) -> int:
         shape, dtype = self._shapes[path]
-        return math.prod(chunk_shape(shape, dtype.itemsize))
+        chunk = chunk_shape(shape, dtype.itemsize)
+        # Chunks that do not divide their axis are written a whole axis at a time, or the next block
+        # would begin in the middle of one.
+        uneven = [k for k, (size, of) in enumerate(zip(chunk, shape, strict=True)) if of % size]
+        if uneven and math.prod(shape[: uneven[0]]) > 1:
+            return math.prod(shape[uneven[0] :])
+        return math.prod(chunk)
 
     def write(self, path: str, start: int, values: np.ndarray) -> None:
         shape, dtype = self._shapes[path]

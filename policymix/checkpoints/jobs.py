@@ -125,7 +125,8 @@ def _in_turn(span: Span) -> bool:
 def _is_compiled(span: Span) -> bool:
     """Whether the blocks of a span are summed by `blocks.Sum`."""
     same = all(leaf.dtype == span.dtype for leaf in span.inputs)
-    return same and span.dtype.name in COMPILED and span.inputs[0].size >= _SMALL
+    large = span.inputs[0].size >= _SMALL
+    return same and span.dtype.name in COMPILED and large and blocks.can_compile()
 
 
 def _step(span: Span) -> int:
@@ -220,23 +221,18 @@ def _run(job: Job, sink, names, progress, stopped) -> tuple[np.ndarray, float]:
 
 
 class _Sample:
-    """Elements of a job's inputs, from which distances are measured: all, or some of the first
-    block.
-    """
+    """Elements of a job's inputs, from which distances are measured: all, or some of each block."""
 
     def __init__(self, job: Job):
         n, self._size = len(job.span.inputs), job.stop - job.start
-        some = self._size > _WHOLE
-        self._every = min(job.unit, self._size) // _SOME | 1 if some else 1
-        self._first = job.start if some else None
+        self._every = self._size // _SOME | 1 if self._size > _WHOLE else 1
         self._wide = _wide(job.span)
         self._parts: list[list[np.ndarray]] = [[] for _ in range(n)]
         self.gram = np.zeros((n, n))
 
-    def take(self, k: int, start: int, block: np.ndarray) -> None:
-        """The block of input k, [m], from `start` on."""
-        if self._first is None or start == self._first:
-            self._parts[k].append(block[:: self._every].copy())
+    def take(self, k: int, block: np.ndarray) -> None:
+        """The next block of input k, [m]."""
+        self._parts[k].append(block[:: self._every].copy())
 
     def products(self) -> tuple[np.ndarray, float]:
         """(⟨θ_i - θ_0, θ_j - θ_0⟩ [n, n], ‖θ_0‖²) of the job."""
@@ -284,7 +280,7 @@ class _Together:
         total = sum_of(len(self._readers), out.dtype, len(out))
         for k, (reader, row) in enumerate(zip(self._readers, total.rows, strict=True)):
             reader.read(start, row[: len(out)])
-            self._sample.take(k, start, row[: len(out)])
+            self._sample.take(k, row[: len(out)])
         found, finite = total(self._coefficients)
         return found[: len(out)], finite
 
@@ -298,7 +294,7 @@ class _Together:
                 raw = _buffer("raw", size, leaf.dtype)
                 reader.read(start, raw)
                 rows[k] = blocks.widen(raw, self._wide)
-            self._sample.take(k, start, rows[k])
+            self._sample.take(k, rows[k])
         in_place = out.dtype == self._wide
         total = out if in_place else _buffer("total", size, self._wide)
         np.einsum("k,kb->b", self._coefficients, rows, out=total)
@@ -317,20 +313,23 @@ class _InTurn:
 
     def fill(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
         """The block of the mix from `start` on, in `out`; whether it is finite."""
-        size, in_place = len(out), out.dtype == self._wide
-        total = out if in_place else _buffer("total", size, self._wide)
+        in_place = out.dtype == self._wide
+        total = out if in_place else _buffer("total", len(out), self._wide)
+        pieces = [slice(at, at + STEP) for at in range(0, len(out), STEP)]
         for k, (reader, leaf) in enumerate(zip(self._readers, self._span.inputs, strict=True)):
-            raw = _buffer("raw", size, leaf.dtype)
-            reader.read(start, raw)
-            values = blocks.widen(raw, self._wide)
-            self._sample.take(k, start, values)
-            if k == 0:
-                np.multiply(values, self._coefficients[0], out=total)
-            else:
-                np.multiply(values, self._coefficients[k], out=values)
-                np.add(total, values, out=total)
-        if not in_place:
-            blocks.round_into(total, out)
+            for piece in pieces:
+                part = total[piece]
+                raw = _buffer("raw", len(part), leaf.dtype)
+                reader.read(start + piece.start, raw)
+                values = blocks.widen(raw, self._wide)
+                self._sample.take(k, values)
+                if k == 0:
+                    np.multiply(values, self._coefficients[0], out=part)
+                else:
+                    np.multiply(values, self._coefficients[k], out=values)
+                    np.add(part, values, out=part)
+        for piece in () if in_place else pieces:
+            blocks.round_into(total[piece], out[piece])
         return out, blocks.finite(out)
 
 

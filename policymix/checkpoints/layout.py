@@ -70,9 +70,11 @@ def _find(path: str | os.PathLike, above: tuple[pathlib.Path, ...]) -> Place:
             return _find(inner, (*above, path))
     steps = steps_of(path)
     if len(steps) == 1:
-        return _find(path / str(steps[0]), (*above, path))
+        return _find(path / steps[0], (*above, path))
     if steps:
-        raise ValueError(f"{path} holds the steps {steps}; say which, as {path / str(steps[-1])}")
+        raise ValueError(
+            f"{path} holds the steps {', '.join(steps)}; say which, as {path / steps[-1]}"
+        )
     if sweep := sorted(p.name for p in path.glob("merge_ratio=*")):
         raise ValueError(
             f"{path} holds the mixes {', '.join(sweep)}; say which, as {path / sweep[0]}"
@@ -96,7 +98,7 @@ def directory_of(path: str | os.PathLike) -> pathlib.Path:
     if (path / "assets").is_dir() or (path / "params").is_dir():
         return path
     if len(steps := steps_of(path)) == 1:
-        return path / str(steps[0])
+        return path / steps[0]
     try:
         return find(path).directory
     except (ValueError, OSError):
@@ -124,13 +126,12 @@ def _tensors(path: pathlib.Path) -> pathlib.Path | None:
     return found[0] if found else None
 
 
-def steps_of(directory: pathlib.Path) -> list[int]:
-    """The numbered directories that hold parameters, in order, without unfinished ones."""
-    return sorted(
-        int(p.name)
-        for p in directory.glob("[0-9]*")
-        if p.name.isdecimal() and (p / "params").is_dir()
-    )
+def steps_of(directory: pathlib.Path) -> list[str]:
+    """The names of numbered directories that hold parameters, in order of the numbers, without
+    unfinished ones.
+    """
+    found = (p.name for p in directory.glob("[0-9]*") if (p / "params").is_dir())
+    return sorted((name for name in found if name.isdecimal()), key=int)
 
 
 def expand(paths: Sequence[str]) -> tuple[str, ...]:

@@ -50,6 +50,11 @@ class Output:
         wanted = list(self.like.leaves)
         return conversions.renamed(checkpoint.leaves, checkpoint.format, self.format, wanted)
 
+    def check_stats(self, stats: Stats) -> None:
+        """ValueError where a normalisation does not fit the files that the mix is written like."""
+        if self.like is not None:
+            processors.check(self.like.place.directory, self.like.buffers, stats)
+
     def params(self, directory: pathlib.Path) -> pathlib.Path:
         """Where the parameters come to lie."""
         return directory / "0" / "params" if self.format == "orbax" else directory

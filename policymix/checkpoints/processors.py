@@ -45,18 +45,19 @@ def state_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def read(directory: pathlib.Path) -> Stats | None:
     """The statistics beside a LeRobot model; None if there are none."""
-    for file in state_files(directory):
-        tensors, _ = safetensors.open_tensors(file)
-        return _stats(
-            {
-                (feature, field): tensors[f"{feature}.{field}"].read()
-                for feature in _FEATURES.values()
-                for field in _FIELDS
-                if f"{feature}.{field}" in tensors
-            },
-            file,
-        )
-    return None
+    file = next(iter(state_files(directory)), None)
+    if file is None:
+        return None
+    tensors, _ = safetensors.open_tensors(file)
+    return _stats(
+        {
+            (feature, field): tensors[f"{feature}.{field}"].read()
+            for feature in _FEATURES.values()
+            for field in _FIELDS
+            if f"{feature}.{field}" in tensors
+        },
+        file,
+    )
 
 
 def read_buffers(tensors: Mapping[str, Leaf]) -> Stats | None:
@@ -87,6 +88,14 @@ def _stats(values: Mapping[tuple[str, str], np.ndarray], where: str | os.PathLik
     return found or None
 
 
+def check(directory: pathlib.Path, tensors: Mapping[str, Leaf], stats: Stats) -> None:
+    """ValueError where statistics cannot take the place of those beside, or within, a model."""
+    for file in state_files(directory):
+        arrays = {name: leaf.read() for name, leaf in safetensors.open_tensors(file)[0].items()}
+        _replaced(arrays, stats, file)
+    buffers(tensors, stats)
+
+
 def write(directory: pathlib.Path, stats: Stats) -> None:
     """Puts other statistics into the state files of a copied LeRobot directory."""
     for file in state_files(directory):
@@ -107,8 +116,12 @@ def _replaced(
             field = name.removeprefix(feature + ".")
             if name == f"{feature}.{field}" and field in _FIELDS and key in stats:
                 value: Any = getattr(stats[key], field)
-                if value is not None:
-                    found[name] = _like(value, array, name, file)
+                if value is None:
+                    raise ValueError(
+                        f"{file} has {name!r}, the mix's norm stats have no {field}; name others "
+                        "with --config.mix.norm_stats=PATH"
+                    )
+                found[name] = _like(value, array, name, file)
     return found
 
 

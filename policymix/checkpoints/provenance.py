@@ -90,7 +90,7 @@ def _meaning(relative: np.ndarray, cosine: np.ndarray | None) -> str:
         return "there is one input, so there is nothing to compare"
     apart = relative[np.triu_indices(n, 1)]
     if apart.min() == 0.0:
-        return "at least two inputs are identical: they count twice and add nothing"
+        return "at least two inputs do not differ anywhere that was looked at: they add little"
     far = f"{apart.min():.2g}" + (f" to {apart.max():.2g}" if n > 2 else "")
     words = f"the inputs lie {far} apart, in units of the length of the first"
     if apart.max() < 1e-4:

@@ -287,7 +287,7 @@ class TensorWriter(leaves.Sink):
             }
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)  # so that arrays are aligned
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(self._directory / name, flags, 0o644)
         self._descriptors.append(descriptor)
         _write_all(descriptor, memoryview(len(raw).to_bytes(8, "little") + raw), 0)

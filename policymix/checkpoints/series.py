@@ -64,13 +64,13 @@ class _RestoreAssets(ocp.args.CheckpointArgs):
 def latest_step(workdir: pathlib.Path) -> int | None:
     """The last whole step of a run, None if there is none. ValueError if it cannot be resumed."""
     steps = layout.steps_of(workdir)
-    if steps and not (workdir / str(steps[-1]) / "train_state").is_dir():
+    if steps and not (workdir / steps[-1] / "train_state").is_dir():
         raise ValueError(
-            f"{workdir / str(steps[-1])} has no train_state, so it cannot be resumed: start from "
+            f"{workdir / steps[-1]} has no train_state, so it cannot be resumed: start from "
             "it with config.train.init_from in another --workdir, or pass --overwrite to begin "
             "again"
         )
-    return steps[-1] if steps else None
+    return int(steps[-1]) if steps else None
 
 
 class Series:

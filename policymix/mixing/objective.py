@@ -79,9 +79,11 @@ class Source(Protocol):
 
     Attributes:
       n: how many there are.
+      held: whether they are in memory, so that a projection reads no disk.
     """
 
     n: int
+    held: bool
 
     def combine(self, groups: tuple[str, ...], coefficients: Sequence[jax.Array]) -> Params:
         """θ(c), with [n] coefficients for each group of paths."""
@@ -101,6 +103,10 @@ class _Held(NamedTuple):
     @property
     def n(self) -> int:
         return len(self.trees)
+
+    @property
+    def held(self) -> bool:
+        return True
 
     def combine(self, groups, coefficients) -> Params:
         return _combine(groups, coefficients, self.trees)
@@ -144,9 +150,16 @@ def of_source(
         return _divide(total, len(chosen)) if len(chosen) > 1 else total
 
     def value_and_grad(c, batch=None):
-        value, grads = mean(_loss_and_grad, c, batch)
         groups, _ = _ordered(c)
-        dots = source.project(groups, grads)
+
+        # Gradients of bfloat16 trees are not added in bfloat16: their projections are, or else they
+        # are widened, where each projection would read all checkpoints.
+        def of(*arguments):
+            value, grads = _loss_and_grad(*arguments)
+            return value, source.project(groups, grads) if source.held else _widened(grads)
+
+        value, found = mean(of, c, batch)
+        dots = found if source.held else source.project(groups, found)
         return value, dict(zip(groups, dots, strict=True)) if isinstance(c, Mapping) else dots[0]
 
     def gauss_newton(c, batch=None, on_simplex=False, proceed=None):
@@ -194,6 +207,11 @@ def evaluate(
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(total: PyTree, part: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, total, part)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _widened(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

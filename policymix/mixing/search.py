@@ -159,6 +159,8 @@ def greedy(
     history = _History(objective, observe, clock)
     if losses is None:
         losses = [_full_loss(objective, objective_lib.corner(n, [k]), history) for k in range(n)]
+    for one in losses:
+        _check_finite(one, 0.0, "of a single checkpoint")
     chosen, loss = [int(np.argmin(losses))], float(np.min(losses))
     history.add(loss=loss, chosen=list(chosen), coefficients=objective_lib.corner(n, chosen))
     while len(chosen) < n:

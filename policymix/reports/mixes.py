@@ -11,6 +11,7 @@ from policymix import files
 from policymix.reports import pages, tables
 
 _LINES = ("-", "--", ":", "-.")
+_MANY = 8  # bars, or rows of a matrix, that have room for a number each
 _SELECTION, _HELD_OUT, _MIX = "#7a9cc6", "#2f4b7c", "#d1495b"
 
 
@@ -65,7 +66,10 @@ def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
     if any(not loss or loss["held_out"] is None for loss in (*losses, *(m["loss"] for m in mixes))):
         return None
     single = min(losses, key=lambda loss: loss["selection"])["held_out"]
-    mix = min((m["loss"] for m in mixes), key=lambda loss: loss["selection"])["held_out"]
+    chosen = min(mixes, key=lambda mix: mix["loss"]["selection"])
+    mix, name = chosen["loss"]["held_out"], "the mix"
+    if len(mixes) > 1:
+        name = f"merge_ratio {chosen['merge_ratio']:g}, the best on the selection batches,"
     apart = mix / single - 1
     word = (
         "level with"
@@ -73,7 +77,7 @@ def _verdict(losses: Sequence[Mapping], mixes: Sequence[Mapping]) -> str | None:
         else f"{abs(apart):.2%} {'below' if apart < 0 else 'above'}"
     )
     told = (
-        f"held out, the mix is {word} the input that is best on the selection batches "
+        f"held out, {name} is {word} the input that is best on the selection batches "
         f"({mix:.5f} against {single:.5f})"
     )
     lowest = min(loss["held_out"] for loss in losses)
@@ -92,19 +96,28 @@ def draw(report: Mapping[str, Any], path: pathlib.Path) -> None:
         panels.append(_draw_history)
     if len(names) > 1:
         panels.append(_draw_distances)
-    columns = 2 if len(panels) > 1 else 1
+    columns, width = 2 if len(panels) > 1 else 1, max(6, 0.5 * len(names))
     rows = -(-len(panels) // columns)
     # No pyplot: a notebook's own backend and figures are not ours to change.
-    figure = matplotlib.figure.Figure(figsize=(6 * columns, 3.8 * rows), layout="constrained")
+    figure = matplotlib.figure.Figure(
+        figsize=(width * columns, 0.63 * width * rows), layout="constrained"
+    )
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         panel(axis, report, names)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    n = len(names) - (report["base"] is not None and report["method"] != "interpolate")
     figure.suptitle(
-        f"{report['method']}: {len(names)} checkpoints, {report['num_params']:,} parameters"
+        f"{report['method']}: {n} checkpoint{'s' * (n > 1)}, {report['num_params']:,} parameters"
     )
     files.write_whole(path, pages.png(figure))
+
+
+def _name(axis, names: Sequence[str]) -> None:
+    """Writes names under places 0, 1, 2, ..., upright where they would touch."""
+    upright = {"rotation": 90} if len(names) * max(map(len, names)) > 48 else {}
+    axis.set_xticks(range(len(names)), names, **upright)
 
 
 def _draw_coefficients(axis, report, names) -> None:
@@ -119,10 +132,11 @@ def _draw_coefficients(axis, report, names) -> None:
         written = [
             "" if small and abs(x) < 5e-3 else text for x, text in zip(c, written, strict=True)
         ]
-        axis.bar_label(bars, written, padding=2, **small)
+        if small or len(names) <= _MANY:
+            axis.bar_label(bars, written, padding=2, **small)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.margins(y=0.4 if len(groups) > 1 else 0.15)
-    axis.set_xticks(places, names)
+    _name(axis, names)
     axis.set_title("coefficients")
     if len(groups) > 1:
         axis.legend(loc="upper center", ncols=2, fontsize=8)
@@ -143,10 +157,11 @@ def _draw_losses(axis, report, names) -> None:
             color=color,
             label=which.replace("_", " "),
         )
-        axis.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
+        if len(entries) <= _MANY:
+            axis.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
         bars[-1].set_edgecolor(_MIX)
         bars[-1].set_linewidth(2)
-    axis.set_xticks(places, [*names, "mix"])
+    _name(axis, [*names, "mix"])
     axis.margins(y=0.25)  # room for the legend above the bars
     axis.set_title("validation loss (lower is better)")
     axis.legend(loc="upper center", ncols=2)
@@ -182,7 +197,7 @@ def _draw_history(axis, report, names) -> None:
 def _draw_distances(axis, report, names) -> None:
     values = np.array(report["geometry"]["relative_distance"])
     image = axis.imshow(values, cmap="Blues", vmin=0)
-    for (i, j), value in np.ndenumerate(values):
+    for (i, j), value in np.ndenumerate(values) if len(names) <= _MANY else ():
         axis.text(
             j,
             i,
@@ -191,7 +206,7 @@ def _draw_distances(axis, report, names) -> None:
             va="center",
             color="white" if value > values.max() / 2 else "black",
         )
-    axis.set_xticks(range(len(names)), names)
+    _name(axis, names)
     axis.set_yticks(range(len(names)), names)
     axis.set_title("distance between inputs / length of the first")
     axis.figure.colorbar(image, ax=axis, shrink=0.8)
@@ -213,9 +228,13 @@ def draw_sweep(report: Mapping[str, Any], path: pathlib.Path) -> None:
                     [r for r, _ in points],
                     [loss[which] for _, loss in points],
                     marker="o",
+                    markerfacecolor="white",  # the ends were not written
+                    markevery=[0, len(points) - 1],
                     color=color,
                     label=which.replace("_", " "),
                 )
+                written = [mix["loss"][which] for mix in report["sweep"]]
+                axis.plot(ratios, written, "o", color=color)
         axis.set_ylabel("validation loss")
         axis.legend()
     else:

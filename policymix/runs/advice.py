@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 _DRAWS = 2000
+_FEW = 20  # fewer held-out examples give no interval worth the name
 
 
 def of(report: Mapping[str, Any], examples: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
@@ -18,38 +19,43 @@ def of(report: Mapping[str, Any], examples: Mapping[str, np.ndarray] | None) -> 
 
     Returns:
       best: the input with the lowest selection loss. gain: by how much the mix's held-out loss is
-        below its, as a fraction; interval: 95 %, by a paired bootstrap over examples; None where
-        nothing is held out. recommendation: in words.
+        below its, as a fraction; interval: 95 %, by a paired bootstrap over the `examples`
+        that are held out; None where they are few or none. recommendation: in words.
     """
-    paths = [entry["path"] for entry in report["inputs"]]
     if examples is None:
         return _advice(
-            None,
-            None,
-            None,
             "no validation data was given, so nothing is known of whether the mix is better: pass "
             "--validation, or play it in a simulator with evaluate.py",
         )
-    selection = [entry["loss"]["selection"] for entry in report["inputs"]]
-    row = int(np.argmin(selection))
-    best = paths[row]
-    if not len(examples["the mix"]):
+    row = int(np.argmin([entry["loss"]["selection"] for entry in report["inputs"]]))
+    best, count = report["inputs"][row]["path"], len(examples["the mix"])
+    if not count:
         return _advice(
-            best, None, None, "no batches were held out, so the gain is not known: dump more"
+            "no batches were held out, so the gain is not known: raise config.mix.held_out, or "
+            "dump more",
+            best,
         )
     gain, interval = paired_gain(examples[str(row)], examples["the mix"])
-    return _advice(best, gain, interval, _recommendation(report, best, gain, interval))
+    interval = interval if count >= _FEW else None
+    words = _recommendation(report, best, gain, interval, count)
+    return _advice(words, best, gain, interval, count)
 
 
-def _advice(best, gain, interval, recommendation: str) -> dict[str, Any]:
-    return {"best": best, "gain": gain, "interval": interval, "recommendation": recommendation}
+def _advice(recommendation: str, best=None, gain=None, interval=None, count=0) -> dict[str, Any]:
+    return {
+        "best": best,
+        "gain": gain,
+        "interval": interval,
+        "examples": count,
+        "recommendation": recommendation,
+    }
 
 
 def paired_gain(single: np.ndarray, mix: np.ndarray) -> tuple[float, list[float]]:
     """(1 - mean mix / mean single, its 95 % interval) of the losses of the same examples, [m].
 
     A percentile bootstrap over examples (Efron 1979), which takes them as independent: frames of
-    one episode are not quite, so the truth is a little wider.
+    one episode are not, so the truth is wider.
     """
     rng = np.random.default_rng(0)
     rows = rng.integers(len(single), size=(_DRAWS, len(single)))
@@ -58,14 +64,31 @@ def paired_gain(single: np.ndarray, mix: np.ndarray) -> tuple[float, list[float]
     return gain, [float(x) for x in np.quantile(gains, [0.025, 0.975])]
 
 
-def _recommendation(report, best: str, gain: float, interval) -> str:
-    told = f"{gain:+.2%} [{interval[0]:+.2%}, {interval[1]:+.2%}]"
+def _recommendation(report, best: str, gain: float, interval, count: int) -> str:
+    told = f"{gain:+.2%}"
+    if interval:
+        told += f" [{interval[0]:+.2%}, {interval[1]:+.2%}] on {count} examples"
     c = report["coefficients"]
     whole = [c] if not isinstance(c, Mapping) else list(c.values())
-    if all(sum(abs(x) > 1e-6 for x in one) == 1 for one in whole):
-        words = "the search keeps one checkpoint alone: use that one, there is nothing to mix"
+    used = {k for one in whole for k, x in enumerate(one) if abs(x) > 1e-6}
+    losses = {entry["path"]: entry["loss"]["held_out"] for entry in report["inputs"]}
+    lowest = min(losses, key=losses.__getitem__)
+    if len(used) == 1:
+        alone = report["inputs"][used.pop()]["path"]
+        words = f"the mix is {alone} alone: use that one, there is nothing to mix"
+    elif interval is None:
+        words = (
+            f"held out, the mix's gain over {best} is {told}, and {count} examples are too few to "
+            f"tell: dump {_FEW} or more, or play both with evaluate.py"
+        )
+    elif interval[0] > 0 and losses[lowest] < report["loss"]["held_out"]:
+        words = (
+            f"play the mix and {lowest} with evaluate.py: the mix's held-out loss is lower than "
+            f"that of {best}, which is best on the selection batches ({told}), and higher than "
+            "that of the other"
+        )
     elif interval[0] > 0:
-        words = f"use the mix: its held-out loss is lower than the best single input's ({told})"
+        words = f"use the mix: its held-out loss is lower than that of every input ({told})"
     elif interval[1] < 0:
         words = (
             f"keep {best}: the mix's held-out loss is higher ({told}); a merge can still be more "
@@ -73,8 +96,8 @@ def _recommendation(report, best: str, gain: float, interval) -> str:
         )
     else:
         words = (
-            f"held out, the mix is level with the best single input ({told}): play both with "
-            "evaluate.py before choosing"
+            f"held out, the mix is level with {best}, the best single input on the selection "
+            f"batches ({told}): play both with evaluate.py before choosing"
         )
     if report["warnings"]:
         words += "; mind the warnings above, the losses are not honest"

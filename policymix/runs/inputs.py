@@ -17,6 +17,8 @@ from policymix.checkpoints import assets, blocks, outputs, provenance, store, st
 from policymix.checkpoints.leaves import Leaf
 from policymix.transforms import normalize
 
+NORM_STATS = "equal", "pool", "average"  # else a path
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -62,7 +64,7 @@ class Inputs:
           asset_id: which statistics to take where a checkpoint has several; "" takes those that the
             last input has, so that a base with many follows the fine-tune.
         """
-        if rule not in ("equal", "pool", "average"):
+        if rule not in NORM_STATS:
             return asset_id or self._only_asset_id() or "mixed", _stats_at(rule)
         asset_id = asset_id or self._only_asset_id()
         rows = self._with_stats_of(asset_id)

@@ -117,8 +117,11 @@ class Task:
             given = requests.interpolated(self.request.ratios[0], num_finetuned, self.groups)
         elif self.groups:
             given = dict.fromkeys(self.groups.values(), given)
-        self.norm_stats(given)
+        if stats := self.norm_stats(given):
+            self.inputs.output.check_stats(stats[1])
         self.inputs.dtypes(self.config.mix.dtype, of_base=False)
+        if self.request.landscape and self.judge is None:
+            raise ValueError("--landscape needs validation batches: pass --validation=FILE.npz")
         if self.request.landscape:
             landscapes.check(len(self.inputs.mixed))
 
@@ -304,7 +307,10 @@ def _settings(config: ml_collections.ConfigDict, method: str) -> dict[str, Any]:
         "adaptive_gradient_descent": ("learning_rate", "num_iterations"),
     }
     names = (*used.get(method, ()), "held_out", "seed", "norm_stats", "dtype")
-    return {name: config.mix[name] for name in names}
+    settings = {name: config.mix[name] for name in names}
+    if settings["norm_stats"] not in inputs_lib.NORM_STATS:
+        settings["norm_stats"] = str(files.local(settings["norm_stats"]))
+    return settings | {"asset_id": config.data.asset_id or ""}
 
 
 def _print_plan(task: Task) -> None:
@@ -322,7 +328,10 @@ def _print_plan(task: Task) -> None:
         print(f"  {task.judge.summary()}")
         for warning in task.judge.warnings:
             print(f"  WARNING: {warning}")
-    print(f"  output {task.request.output} ({task.inputs.output.format})")
+    output = task.inputs.output
+    print(f"  output {task.request.output} ({output.format})")
+    if output.like is None and output.format.startswith("lerobot"):
+        print("  no input has LeRobot's config.json: put that of such a policy beside the output")
 
 
 def _count(names: Sequence[str]) -> dict[str, int]:

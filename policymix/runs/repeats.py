@@ -52,8 +52,9 @@ def read(
             coefficients = {groups[name]: np.array(c) for name, c in coefficients.items()}
         else:
             coefficients = np.array(coefficients, np.float64)
-        config = config.copy_and_resolve_references()
-        config.mix.update({"norm_stats": settings["norm_stats"], "dtype": settings["dtype"]})
+        asked, config = config, config.copy_and_resolve_references()
+        config.data.asset_id = settings["asset_id"]
+        config.mix.update({k: v for k, v in settings.items() if k != "asset_id"})
         config.mix.groups = tuple(f"{name}={regex}" for name, regex in groups.items())
         method, chosen = told["method"], request.format or told["format"]
         _check(method, chosen, names + prints, coefficients)
@@ -70,6 +71,10 @@ def read(
             raise ValueError(
                 f"{name} is not the checkpoint that {path} was made of (its content changed)"
             )
+    for name in ("dtype", "norm_stats", "groups"):
+        now, then = asked.mix[name], config.mix[name]
+        if now != then:
+            print(f"config.mix.{name} is that of {path}, {then!r}, not {now!r}")
     request = Request(
         checkpoints=tuple(names[rows:]),
         output=pathlib.Path(request.output),

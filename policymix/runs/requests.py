@@ -128,9 +128,8 @@ def method_of(config: ml_collections.ConfigDict, request: Request) -> str:
         raise ValueError(f"--merge_ratio goes with --method=interpolate; the method is {method}")
     _check_groups(groups(config), request, method)
     _check_settings(config)
-    if (method in BY_LOSS or request.landscape) and not request.validation:
-        what = method if method in BY_LOSS else "--landscape"
-        raise ValueError(f"{what} needs validation batches: pass --validation=FILE.npz")
+    if method in BY_LOSS and not request.validation:
+        raise ValueError(f"{method} needs validation batches: pass --validation=FILE.npz")
     return method
 
 
@@ -150,6 +149,8 @@ def _check_coefficients(given: Numbers, n: int) -> None:
             raise ValueError(
                 f"{n} checkpoints need {n} coefficients{where}, --coefficients has {len(numbers)}"
             )
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"--coefficients must be finite numbers, got {list(numbers)}")
         rules.normalize(numbers)
 
 
@@ -161,8 +162,10 @@ def _check_ratios(given: Numbers) -> None:
             raise ValueError(
                 f"--merge_ratio gives {name!r} {len(ratios)} ratios; with groups each has one"
             )
-        if len(set(ratios)) < len(ratios):
-            raise ValueError(f"--merge_ratio names a ratio twice: {list(ratios)}")
+        if len({f"{ratio:g}" for ratio in ratios}) < len(ratios):  # the names of directories
+            raise ValueError(
+                f"--merge_ratio names a ratio twice, to six digits: {', '.join(map(str, ratios))}"
+            )
 
 
 def _named(given: Numbers) -> Mapping[str, tuple[float, ...]]:

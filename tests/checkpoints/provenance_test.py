@@ -50,7 +50,7 @@ def _geometry(vectors, base=0):
 @pytest.mark.parametrize(
     ("vectors", "words"),
     [
-        ([[1, 0, 0], [1, 0, 0]], "at least two inputs are identical"),
+        ([[1, 0, 0], [1, 0, 0]], "at least two inputs do not differ anywhere"),
         ([[1, 0, 0], [1, 1e-5, 0]], "nearly the same model"),
         ([[1, 0, 0], [-1, 0, 0]], "different ancestors"),
         ([[1, 0, 0], [1, 0.1, 0], [1, 0.2, 0]], "they learned the same"),

@@ -210,7 +210,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
 def test_a_run_with_several_steps_needs_one_to_be_named(tmp_path):
     for step in (9, 10):
         write(tmp_path / str(step), {"params": small_tree(step)})
-    with pytest.raises(ValueError, match=rf"holds the steps \[9, 10\]; say which.*{tmp_path}/10"):
+    with pytest.raises(ValueError, match=rf"holds the steps 9, 10; say which.*{tmp_path}/10"):
         store.load_params(tmp_path)
 
 

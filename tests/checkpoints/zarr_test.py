@@ -102,9 +102,10 @@ def test_chunks_that_do_not_divide_the_array_are_read(tmp_path, monkeypatch):
             np.testing.assert_array_equal(read_in_blocks(leaf, size), array)
 
 
-def test_blocks_may_be_written_in_any_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shape", [(10, 6), (3, 11, 2), (2, 3, 7, 5), (2, 3, 23)])
+def test_blocks_may_be_written_in_any_order(tmp_path, monkeypatch, shape):
     monkeypatch.setattr(items, "_CHUNK", 64)
-    array = content((10, 6))
+    array = content(shape)
     writer = items.ItemWriter(tmp_path / "item", {"w": (array.shape, array.dtype)})
     block = writer.block("w")
     for start in reversed(range(0, array.size, block)):

@@ -200,6 +200,11 @@ def test_a_wrong_config_key_is_one_line_with_a_suggestion(main):
     assert 'Did you mean "learning_rate"' in line
 
 
+def test_a_wrong_key_of_the_default_config_is_one_line_too():
+    line = fails("mix.py", "--checkpoints=a,b", "--config.mix.learning_rat=1", "--output=x")
+    assert 'Did you mean "learning_rate"' in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

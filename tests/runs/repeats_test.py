@@ -178,9 +178,12 @@ def test_a_search_on_disk_finds_what_one_in_memory_finds(method, request_for, tm
 # Advice
 
 
-def report(selection, coefficients, warnings=()):
-    entries = [{"path": f"c{k}", "loss": {"selection": s}} for k, s in enumerate(selection)]
-    return {"inputs": entries, "coefficients": coefficients, "warnings": list(warnings)}
+def report(selection, coefficients, warnings=(), held_out=0.5):
+    entries = [
+        {"path": f"c{k}", "loss": {"selection": s, "held_out": s}} for k, s in enumerate(selection)
+    ]
+    found = {"inputs": entries, "coefficients": coefficients, "warnings": list(warnings)}
+    return found | {"loss": {"selection": 0.5, "held_out": held_out}}
 
 
 def examples(single, mixed):
@@ -191,7 +194,7 @@ def examples(single, mixed):
 
 @pytest.mark.parametrize(
     ("mixed", "words"),
-    [(0.8, "use the mix"), (1.0, "level with the best"), (1.2, "keep c1")],
+    [(0.8, "use the mix"), (1.0, "level with c1, the best"), (1.2, "keep c1")],
 )
 def test_advice_follows_the_interval(mixed, words):
     found = advice.of(report([2, 1], [0.5, 0.5]), examples(1.0, mixed))
@@ -207,8 +210,48 @@ def test_advice_is_silent_about_what_was_not_measured():
     nothing = {"0": np.empty(0), "1": np.empty(0), "the mix": np.empty(0)}
     assert advice.of(report([2, 1], [0.5, 0.5]), nothing)["interval"] is None
     alone = advice.of(report([2, 1], [0.0, 1.0], ["leak"]), examples(1.0, 1.0))
-    assert "keeps one checkpoint alone" in alone["recommendation"]
+    assert "the mix is c1 alone" in alone["recommendation"]
     assert "not honest" in alone["recommendation"]
+
+
+def test_advice_on_few_examples_has_no_interval():
+    few = {name: losses[:19] for name, losses in examples(1.0, 0.8).items()}
+    found = advice.of(report([2, 1], [0.5, 0.5]), few)
+    assert (found["interval"], found["examples"]) == (None, 19)
+    assert "19 examples are too few to tell" in found["recommendation"]
+
+
+def test_advice_names_an_input_that_is_better_held_out():
+    found = advice.of(report([2, 1], [0.5, 0.5], held_out=1.5), examples(1.0, 0.8))
+    assert "play the mix and c1" in found["recommendation"]
+
+
+def test_one_checkpoint_in_one_group_and_another_in_another_is_a_mix():
+    found = advice.of(report([2, 1], {"a": [1.0, 0.0], "b": [0.0, 1.0]}), examples(1.0, 0.8))
+    assert "use the mix" in found["recommendation"]
+
+
+# What a repeat takes over
+
+
+def test_a_repeat_records_the_settings_of_the_mix(request_for, singles, tmp_path, capsys):
+    config = debug_config(power=5.0, seed=3)
+    mix.mix(config, request_for(method="inverse_loss", validation=VALIDATION))
+    capsys.readouterr()
+    again = mix.Request((), tmp_path / "again", repeat=str(tmp_path / "out"))
+    config = common.get_config()
+    config.mix.dtype = "bfloat16"
+    settings = mix.mix(config, again)["settings"]
+    assert (settings["power"], settings["seed"], settings["dtype"]) == (5.0, 3, "")
+    assert "config.mix.dtype is that of" in capsys.readouterr().out
+
+
+def test_a_repeat_draws_no_landscape_without_validation(request_for, tmp_path):
+    mix.mix(common.get_config(), request_for())
+    again = mix.Request((), tmp_path / "again", repeat=str(tmp_path / "out"), landscape=True)
+    with pytest.raises(ValueError, match="--landscape needs validation batches"):
+        mix.mix(common.get_config(), again)
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_interval_covers_the_truth():
