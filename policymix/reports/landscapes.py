@@ -56,7 +56,7 @@ def _triangle(axis, coefficients, losses, names, chosen) -> None:
     axis.tricontour(mesh, losses, levels=14, colors="white", linewidths=0.4)
     axis.figure.colorbar(filled, ax=axis, label="loss on the selection batches", shrink=0.8)
     best = int(np.argmin(losses))
-    ring = {"color": "none", "markeredgecolor": "white", "markeredgewidth": 2, "markersize": 16}
+    ring = {"color": "none", "markeredgecolor": "#ff9f1c", "markeredgewidth": 2, "markersize": 16}
     axis.plot(x[best], y[best], "o", label="lowest here", clip_on=False, zorder=4, **ring)
     for number, mix in enumerate(chosen):
         label = None if number else "the mix"
