@@ -217,7 +217,7 @@ def test_the_verdict_is_about_the_ratio_chosen_on_the_selection_batches():
     inputs = [{"path": "a", **loss(2.0, 2.0)}, {"path": "b", **loss(3.0, 1.0)}]
     sweep = [{"merge_ratio": 0.1, **loss(1.0, 1.5)}, {"merge_ratio": 0.9, **loss(1.9, 0.5)}]
     table = mixes.table({"inputs": inputs, "sweep": sweep})
-    assert "the mix is 25.00% below the input that is best on the selection batches" in table
+    assert "merge_ratio 0.1, the best on the selection batches, is 25.00% below the input" in table
     assert "(1.50000 against 2.00000); another input does better there (1.00000)" in table
 
 
