@@ -145,7 +145,7 @@ def test_a_simulator_that_is_missing_is_one_line_with_its_command(main, argument
     assert not list(tmp_path.glob("out/**/*.parquet"))
 
 
-@pytest.mark.parametrize("model", ["pi0", "pi05"])
+@pytest.mark.parametrize("model", ["pi0", pytest.param("pi05", marks=pytest.mark.slow)])
 def test_mixes_checkpoints_of_openpi(model, tmp_path):
     paths = [str(oracle.write(model, which, tmp_path)) for which in ("var1", "var2")]
     out = succeeds(

@@ -96,6 +96,7 @@ def test_methods_by_loss_write_the_mix_they_report(method, request_for, tmp_path
         assert report["history"][-1]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_adaptive_gradient_descent_takes_other_steps(request_for):
     config = debug_config(num_iterations=6)
     first = mix.mix(

@@ -116,6 +116,7 @@ def test_init_from_of_another_shape_names_the_key(straight, tmp_path):
         run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(tmp_path):
     config = debug_config(num_steps=2, batch_size=8)
     run(config, tmp_path / "one")
