@@ -66,8 +66,11 @@ class Leaf(abc.ABC):
         return False
 
     def until(self, size: int, last: str) -> "Leaf":
-        """A leaf of `size` elements: this one's and those of its followers, down to path `last`."""
-        raise NotImplementedError
+        """A leaf of `size` elements: this one's and those of its followers, down to path `last`.
+
+        For leaves that precede others; no other kind is asked.
+        """
+        raise NotImplementedError(f"{type(self).__name__} precedes no other leaf")
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Reader]:

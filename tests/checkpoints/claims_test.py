@@ -1,6 +1,5 @@
 """What metadata claims is not taken on trust: what damaged checkpoints have taught."""
 
-import faulthandler
 import json
 import pathlib
 import re
@@ -14,19 +13,11 @@ import tensorstore
 from configs import common
 from policymix import memory
 from policymix.checkpoints import store, zarr
-from policymix.reports import mixes
 from policymix.runs import mix
 from tests.checkpoints.damage import HOPELESS
 from tests.checkpoints.samples import INDEX, arrays, average
 
-
-@pytest.fixture(autouse=True)
-def _few_words(monkeypatch):
-    """The picture takes half a second, and a thread that hangs is to be seen."""
-    monkeypatch.setattr(mixes, "draw", lambda *_: None)
-    faulthandler.dump_traceback_later(120, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.usefixtures("few_words")
 
 
 def edit(file: pathlib.Path, **fields) -> None:

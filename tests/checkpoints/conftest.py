@@ -1,9 +1,11 @@
 """Checkpoints that tests of this folder share."""
 
+import faulthandler
 import pathlib
 
 import pytest
 
+from policymix.reports import mixes
 from tests.checkpoints.samples import KINDS
 
 
@@ -21,3 +23,12 @@ def originals(tmp_path_factory):
         return made[kind]
 
     return make
+
+
+@pytest.fixture
+def few_words(monkeypatch):
+    """The picture takes half a second, and a thread that hangs is to be seen."""
+    monkeypatch.setattr(mixes, "draw", lambda *_: None)
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()

@@ -5,7 +5,6 @@ A format has a checksum or it has none: a flipped bit in plain numbers is a numb
 the `safetensors` library and tensorstore, which are asked about every mix that succeeds.
 """
 
-import faulthandler
 import pathlib
 import shutil
 import time
@@ -16,7 +15,6 @@ import pytest
 from configs import common
 from policymix import memory
 from policymix.checkpoints import zarr
-from policymix.reports import mixes
 from policymix.runs import mix
 from tests.checkpoints.damage import damage, one_of
 from tests.checkpoints.samples import KINDS, TORCH, average, by_others, state
@@ -24,13 +22,7 @@ from tests.checkpoints.samples import KINDS, TORCH, average, by_others, state
 SECONDS, BYTES = 5, 2**28  # what refusing or mixing a few kilobytes may take
 
 
-@pytest.fixture(autouse=True)
-def _few_words(monkeypatch):
-    """The picture takes half a second, and a thread that hangs is to be seen."""
-    monkeypatch.setattr(mixes, "draw", lambda *_: None)
-    faulthandler.dump_traceback_later(120, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.usefixtures("few_words")
 
 
 def check(kind: str, seed: int, original: pathlib.Path, root: pathlib.Path, monkeypatch) -> bool:

@@ -67,15 +67,28 @@ def test_bfloat16_is_correctly_rounded_but_for_ties(written):
     assert np.mean(mixed == rounded) >= 0.997
 
 
+def _tensors(directory, arrays):
+    """Writes a safetensors file; returns its leaves."""
+    directory.mkdir()
+    safetensors.write(directory, arrays)
+    return safetensors.open_tensors(directory / "model.safetensors")[0]
+
+
+def _sink(directory, like):
+    """A file in the making with the tensors of another, in their order."""
+    directory.mkdir()
+    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in like.items()}
+    layout = safetensors.Layout((("model.safetensors", tuple(shapes)),), {}, index=False)
+    return safetensors.TensorWriter(directory, shapes, layout)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_large_blocks_are_summed_as_small_ones(tmp_path, dtype):
     size = jobs.step(2, np.dtype(dtype)) + 5  # one call, and the rest of the next
     opened, rows, c = [], [], np.array([0.517, 0.483], np.float32)
     for k in range(2):
         rows.append(np.random.default_rng(k).standard_normal(size).astype(dtype))
-        (tmp_path / str(k)).mkdir()
-        safetensors.write(tmp_path / str(k), {"w": rows[k], "x": rows[k][:9]})
-        opened.append(safetensors.open_tensors(tmp_path / str(k) / "model.safetensors")[0])
+        opened.append(_tensors(tmp_path / str(k), {"w": rows[k], "x": rows[k][:9]}))
     mixed = streaming.combine(opened, c, NAMES[:2]).params
     wide = [row.astype(np.float32) for row in rows]
     expected = (c[0] * wide[0] + c[1] * wide[1]).astype(dtype)
@@ -93,14 +106,11 @@ def test_distances_are_those_of_all_arrays_that_are_read_as_one(tmp_path):
     rng, opened = np.random.default_rng(0), []
     for k in range(2):
         arrays = {"encoder": np.ones(2**20, np.float32), "head": rng.standard_normal(2**20)}
-        (tmp_path / str(k)).mkdir()
-        safetensors.write(tmp_path / str(k), {n: a.astype(np.float32) for n, a in arrays.items()})
-        opened.append(safetensors.open_tensors(tmp_path / str(k) / "model.safetensors")[0])
-    (tmp_path / "mix").mkdir()
-    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in opened[0].items()}
-    layout = safetensors.Layout((("model.safetensors", tuple(shapes)),), {}, index=False)
+        opened.append(
+            _tensors(tmp_path / str(k), {n: a.astype(np.float32) for n, a in arrays.items()})
+        )
     dtypes = {name: leaf.dtype for name, leaf in opened[0].items()}
-    with safetensors.TensorWriter(tmp_path / "mix", shapes, layout) as sink:
+    with _sink(tmp_path / "mix", opened[0]) as sink:
         geometry = streaming.mix(opened, [0.5, 0.5], NAMES[:2], sink, dtypes)
     np.testing.assert_allclose(geometry.gram[1, 1], 2 * 2**20, rtol=0.1)
     np.testing.assert_allclose(geometry.square_norm, 2 * 2**20, rtol=0.1)
@@ -115,14 +125,9 @@ def test_arrays_that_are_read_as_one_are_named(tmp_path, dtype, size, bad):
         arrays = {name: np.ones(size, dtype) for name in "abcd"}
         arrays["c"][[-1, 7]] = bad if k else 1.0
         arrays["d"][0] = bad if k else 1.0
-        (tmp_path / str(k)).mkdir()
-        safetensors.write(tmp_path / str(k), arrays)
-        opened.append(safetensors.open_tensors(tmp_path / str(k) / "model.safetensors")[0])
-    (tmp_path / "mix").mkdir()
-    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in opened[0].items()}
-    layout = safetensors.Layout((("model.safetensors", tuple(shapes)),), {}, index=False)
+        opened.append(_tensors(tmp_path / str(k), arrays))
     dtypes = {name: leaf.dtype for name, leaf in opened[0].items()}
-    with safetensors.TensorWriter(tmp_path / "mix", shapes, layout) as sink:
+    with _sink(tmp_path / "mix", opened[0]) as sink:
         (span,) = jobs.spans(dict.fromkeys("abcd", np.ones(2)), opened, dtypes, sink)
         assert [name for _, name in span.starts] == list("abcd")
         with pytest.raises(ValueError, match=r"two: 'c' holds [12] values that are NaN or inf"):
@@ -130,20 +135,13 @@ def test_arrays_that_are_read_as_one_are_named(tmp_path, dtype, size, bad):
 
 
 def test_arrays_are_read_as_one_only_where_they_are_mixed_alike(tmp_path):
+    opened = []
     for name, kinds in (("one", "ffff"), ("two", "ffef")):
         arrays = {key: np.full(3, 2.0, kind) for key, kind in zip("abcd", kinds, strict=True)}
-        (tmp_path / name).mkdir()
-        safetensors.write(tmp_path / name, arrays)
-    opened = [
-        safetensors.open_tensors(tmp_path / name / "model.safetensors")[0]
-        for name in ("one", "two")
-    ]
-    (tmp_path / "mix").mkdir()
-    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in opened[0].items()}
-    layout = safetensors.Layout((("model.safetensors", tuple(shapes)),), {}, index=False)
+        opened.append(_tensors(tmp_path / name, arrays))
     dtypes = {name: leaf.dtype for name, leaf in opened[0].items()}
     groups = {"a": [0.5, 0.5], ".*": [1.0, 2.0]}
-    with safetensors.TensorWriter(tmp_path / "mix", shapes, layout) as sink:
+    with _sink(tmp_path / "mix", opened[0]) as sink:
         by_path = trees.coefficients_by_path(groups, list("abcd"), 2)
         spans = list(jobs.spans(by_path, opened, dtypes, sink))
         assert [span.path for span in spans] == list("abcd")
