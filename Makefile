@@ -23,12 +23,12 @@ quickstart: venv
 	  --output=outputs/quickstart/$(SIM)$(if $(SMOKE),-smoke) $(if $(FRESH),--fresh)
 
 test: venv
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
 
 # The numbers of the original programs once more, on XLA's full optimisation: the code that users run.
 test-slow: venv
 	$(BIN)/python -m pytest -m slow tests
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 -m "not slow" tests/models/pi0_test.py tests/mixing tests/checkpoints/streaming_test.py
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n 2 --dist loadfile tests/models/pi0_test.py tests/mixing tests/checkpoints/streaming_test.py
 
 lint: venv
 	$(BIN)/ruff check .

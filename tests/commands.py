@@ -16,6 +16,10 @@ from absl.testing import flagsaver
 from policymix import app  # its flags stay, those of a main go with it
 
 ROOT = pathlib.Path(app.__file__).parents[1]
+# The environment of a process of its own: one device, as a laptop has.
+ONE_DEVICE = os.environ | {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+}
 
 
 def fenced(text: str, language: str = "bash") -> list[str]:
@@ -97,8 +101,6 @@ def run_apart(words: list[str], *more: str) -> str:
     """The same in a process of its own, with one device; returns what it prints."""
     name, arguments = at_debug(words)
     command = [sys.executable, str(ROOT / "experiments" / name), *arguments, *more]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env=os.environ | {"XLA_FLAGS": ""}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ONE_DEVICE)
     assert done.returncode == 0, done.stderr
     return done.stdout

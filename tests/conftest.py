@@ -4,21 +4,41 @@ Small networks spend their time in the compiler, so it is told not to try hard;
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the tests on the code that users run.
 """
 
+import importlib.util
+import mmap
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def _quick_to_compile():
+    """Flags that halve the compiler's work once more, those of them that this jaxlib has: XLA ends
+    the process at a flag that it does not know.
+    """
+    flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+    library = pathlib.Path(importlib.util.find_spec("jaxlib").origin).parent / "libjax_common.so"
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "1" or not library.exists():
+        return []
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        return [flag for flag in flags if code.find(flag[2:].partition("=")[0].encode()) >= 0]
+
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        *_quick_to_compile(),
+    ]
+)
 # Compiled programs are shared between tests, workers, the mains they start, and runs.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-import jax  # after the environment, which it reads at import
+import jax  # noqa: E402 - after the environment, which it reads at import
 
 # A pytest plugin may have imported jax before this file set the environment.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])

@@ -5,6 +5,8 @@ import pathlib
 import nbformat
 import pytest
 
+from tests import commands
+
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "experiments/notebooks").glob("*.ipynb"))
 PICTURES = {"mix_and_look.ipynb": 3}
 
@@ -25,7 +27,7 @@ def test_runs_and_draws(path, tmp_path, monkeypatch):
     """In the folder it lies in, in a kernel of its own, as with jupyter."""
     from nbconvert.preprocessors import ExecutePreprocessor
 
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a laptop has
+    monkeypatch.setenv("XLA_FLAGS", commands.ONE_DEVICE["XLA_FLAGS"])
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # and no one's profile
     notebook = nbformat.read(path, as_version=4)
     ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(

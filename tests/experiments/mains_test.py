@@ -1,7 +1,6 @@
 """Every main, as a user types it: at :debug, with wrong words, and without touching anything."""
 
 import json
-import os
 import pathlib
 import resource
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from policymix.data import writer
-from tests import oracle
+from tests import commands, oracle
 from tests.runs import sim_support
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,7 +21,7 @@ SAWYER = f"--config={ROOT / 'configs/pi0_metaworld.py'}:debug"
 
 def run(main: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "experiments" / main), *arguments]
-    env = os.environ | {"XLA_FLAGS": ""} | variables  # one device, as a laptop has
+    env = commands.ONE_DEVICE | variables
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -264,7 +263,7 @@ def policy(tmp_path_factory):
 @pytest.mark.parametrize(
     ("main", "arguments"),
     [
-        ("train.py", (STATE, "--workdir=OUT")),
+        ("train.py", (STATE, "--config.train.batch_size=8", "--workdir=OUT")),
         ("dump_validation.py", (STATE, "--output=OUT")),
         ("mix.py", (f"--checkpoints={oracle.step('pi0', 'base')}", "--output=OUT")),
         ("collect_demos.py", ("--env=metaworld/reach-v3,push-v3", "--output=OUT")),
@@ -276,13 +275,14 @@ def policy(tmp_path_factory):
         ("benchmark.py", ()),
     ],
 )
-def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path, source, policy):
+def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path, source, policy, capsys):
     if main in ("collect_demos.py", "evaluate.py"):
         pytest.importorskip("metaworld")
     words = {"OUT": str(tmp_path / "out"), "SOURCE": str(source), "POLICY": policy}
     for word, meant in words.items():
-        arguments = [a.replace(word, meant) for a in arguments]
-    assert succeeds(main, *arguments, "--dry_run").strip()
+        arguments = [a.replace(word, meant).removesuffix(":debug") for a in arguments]
+    commands.run(["python", f"experiments/{main}", *arguments, "--dry_run"])
+    assert capsys.readouterr().out.strip()
     assert not list(tmp_path.iterdir())
 
 
@@ -307,7 +307,7 @@ def test_a_write_that_fails_is_one_line_and_leaves_no_checkpoint(main, arguments
 
     arguments = [a.replace("OUT", str(tmp_path / "out")) for a in arguments]
     command = [sys.executable, str(ROOT / "experiments" / main), *arguments]
-    env = os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    env = commands.ONE_DEVICE | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=env, preexec_fn=limit
     )

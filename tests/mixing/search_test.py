@@ -61,7 +61,8 @@ def kai0s_problem(model, name="val_batches"):
 # kai0's numbers
 
 
-@pytest.mark.parametrize("model", ["pi0", pytest.param("pi05", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", oracle.MODELS)
 @pytest.mark.parametrize("method", ["gradient_descent", "adaptive_gradient_descent"])
 def test_gradient_descent_walks_kai0s_way(model, method):
     target = kai0s_problem(model)

@@ -13,6 +13,7 @@ import pytest
 
 from policymix.runs import doctor
 from policymix.sim import envs
+from tests import commands
 from tests.runs.sim_support import ROOT
 
 pytest.importorskip("metaworld")
@@ -146,7 +147,7 @@ def test_an_old_python_a_full_disk_and_an_idle_gpu_are_told(monkeypatch):
 
 def examined(**env) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "experiments/doctor.py")]
-    env = os.environ | {"XLA_FLAGS": ""} | env
+    env = commands.ONE_DEVICE | env
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 

@@ -1,7 +1,6 @@
 """Evaluation: what it writes of whom, that it adds up, and what it refuses before the work."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from policymix import intervals
 from policymix.checkpoints import assets, provenance, store
 from policymix.runs import collect_demos, dump_validation, evaluate, mix, rollouts
 from policymix.sim import workers
-from tests import oracle
+from tests import commands, oracle
 from tests.runs.sim_support import CONFIG, ROOT, debug_config, write_policy
 
 pytest.importorskip("metaworld")
@@ -283,7 +282,7 @@ def test_kill_9_in_the_middle_leaves_nothing_that_looks_like_an_evaluation(made,
         "--config.evaluate.num_episodes=12",
         "--config.evaluate.max_steps=60",
     ]
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    env = commands.ONE_DEVICE | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if "episodes succeeded" in line:  # the first policy has finished

@@ -17,6 +17,7 @@ import pytest
 from policymix import files
 from policymix.checkpoints import store, streaming
 from policymix.reports import mixes
+from tests import commands
 from tests.runs.faults_support import FORMS, TWO, arrays, cut, names, pair, run, save, state
 from tests.runs.mix_support import ROOT
 
@@ -150,7 +151,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "experiments/mix.py"), *arguments]
 
 
-ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}  # one device, as a laptop has
+ENVIRONMENT = commands.ONE_DEVICE
 
 
 def error_of(*arguments: str, preexec_fn=None, **variables: str) -> str:

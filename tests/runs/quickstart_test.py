@@ -1,7 +1,6 @@
 """The quickstart: complete whatever kills it on the way, and never done twice."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 from configs import common, pi0_metaworld, pi0_pusht
 from policymix.checkpoints import provenance
 from policymix.runs import quickstart
+from tests import commands
 from tests.runs.sim_support import CONFIG, ROOT
 
 pytest.importorskip("metaworld")
@@ -29,7 +29,7 @@ def command(output, *more):
     ]
 
 
-ENV = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}  # one device, as a laptop has
+ENV = commands.ONE_DEVICE | {"PYTHONUNBUFFERED": "1"}
 
 
 def run(output, *more) -> str:

@@ -1,7 +1,6 @@
 """Training: exact resume, what lies beside a checkpoint, what is refused."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -19,6 +18,7 @@ from policymix.checkpoints import assets, store
 from policymix.data import lerobot
 from policymix.models import pi0
 from policymix.runs import policies, train
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -309,7 +309,7 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(tmp_path):
             *(f"--config.train.{setting}" for setting in settings),
         ]
 
-    env = os.environ | {"XLA_FLAGS": ""}  # one device, as a laptop has
+    env = commands.ONE_DEVICE
     subprocess.run(command(tmp_path / "straight"), check=True, timeout=300, env=env)
     for after in (10, 40):
         process = subprocess.Popen(command(tmp_path / "killed"), env=env)
