@@ -5,7 +5,8 @@ written: stacks of PyTorch tensors, and low-rank updates.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from policymix.checkpoints import keymaps, leaves
 from policymix.checkpoints.leaves import Leaf
 
 LORA = ("lora_a", "lora_b")
+_SUMMED_HEADS = re.compile(r"attn_vec_einsum(_\d+)?/w$")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,16 +169,18 @@ def renamed(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraLeaf(Leaf):
-    """w + A B over the last two axes, summed in float32 or wider as it is read, and rounded to the
-    widest dtype of the three.
+    """w + scale * A B over the last two axes, summed in float32 or wider as it is read, and rounded
+    to the widest dtype of the three.
 
-    OpenPI scales attention by alpha / rank and the feed-forward layers not at all; its variants
-    have alpha = rank, so that both are 1.
+    The heads of `attn_vec_einsum` [l, n, h, d] share one update: OpenPI multiplies x_n A_n and sums
+    over the heads n before it multiplies by B_n and sums again, so that the weight of head n
+    becomes w_n + A_n Σ_m B_m.
     """
 
     weight: Leaf
     a: Leaf
     b: Leaf
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -214,10 +218,10 @@ class _Merging(leaves.Slabs):
         super().__init__(leaf)
         self._weight = leaf.weight.reader()
         wide = np.dtype(jnp.promote_types(leaf.dtype, np.float32))
-        self._a, self._b = (
-            x.read().astype(wide).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-            for x in (leaf.a, leaf.b)
-        )
+        a, b = leaf.a.read().astype(wide), leaf.b.read().astype(wide) * wide.type(leaf.scale)
+        if _SUMMED_HEADS.search(leaf.path):
+            b = np.broadcast_to(b.sum(axis=-3, keepdims=True), b.shape)
+        self._a, self._b = (x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (a, b))
 
     def slab(self, position: int) -> tuple[int, np.ndarray]:
         leaf = self._leaf
@@ -232,8 +236,14 @@ class _Merging(leaves.Slabs):
         self._weight.close()
 
 
-def merge_lora(found: Mapping[str, Leaf], where: str) -> tuple[dict[str, Leaf], int]:
+def merge_lora(
+    found: Mapping[str, Leaf], where: str, scale: Callable[[str], float] = lambda path: 1.0
+) -> tuple[dict[str, Leaf], int]:
     """(leaves with low-rank updates added to what they update, how many there were).
+
+    Args:
+      scale: alpha / rank of an attention weight, by its path. OpenPI does not scale feed-forward
+        layers, and its variants have alpha = rank, so that all is 1.
 
     Raises:
       ValueError: a factor lacks its partner or its weight, or shapes do not fit.
@@ -260,7 +270,7 @@ def merge_lora(found: Mapping[str, Leaf], where: str) -> tuple[dict[str, Leaf], 
                 f"{weight.shape}"
             )
         seconds.discard(other)
-        plain[target] = LoraLeaf(weight, a, b)
+        plain[target] = LoraLeaf(weight, a, b, scale(target) if "/attn/" in target else 1.0)
     if seconds:
         raise ValueError(f"{where}: {min(seconds)!r} is half of a low-rank update")
     return plain, len(firsts)

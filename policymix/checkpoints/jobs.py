@@ -19,8 +19,8 @@ COMPILED = "float32", "bfloat16"  # what `blocks.Sum` adds
 
 STEP = 2**17  # elements read from one input at a time, where it is added to the sum alone
 # Bytes of all inputs together, and of one, that are summed in one pass: what was read should still
-# be in the cache when it is summed, and be worth its calls. A megabyte is as quick while nothing else
-# uses the cache, and slower when something does.
+# be in the cache when it is summed, and be worth its calls. A megabyte is as quick while nothing
+# else uses the cache, and slower when something does.
 _TOGETHER, _MOST = 8 * 2**20, 2**19
 _SMALL = 2**17  # fewer elements are not worth a compiled call
 _JOB = 2**23  # elements of a job, at least, where nothing asks for more

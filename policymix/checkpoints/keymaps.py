@@ -24,6 +24,7 @@ Shapes = Mapping[str, Shape]
 Leaves = dict[str, "Made"]
 
 NAMINGS = ("openpi", "lerobot", "lerobot_first")  # LeRobot >= 0.4; <= 0.3 as first published
+PALIGEMMA = "paligemma"  # Hugging Face's for PaliGemma alone: read, never written
 _PALIGEMMA, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
 _VISION, _LANGUAGE = _PALIGEMMA + "model.vision_tower.", _PALIGEMMA + "model.language_model."
 _PROJECTOR = _PALIGEMMA + "model.multi_modal_projector."
@@ -50,6 +51,14 @@ _FIRST = (  # OpenPI's prefixes, and those of LeRobot <= 0.3 for the same
     (_LANGUAGE, _PALIGEMMA + "language_model.model."),
     (_HEAD, _PALIGEMMA + "language_model.lm_head.weight"),
 )
+_ALONE = (  # OpenPI's prefixes, and those of PaliGemma by itself, as published and as saved now
+    (_VISION, ("vision_tower.", "model.vision_tower.")),
+    (_PROJECTOR, ("multi_modal_projector.", "model.multi_modal_projector.")),
+    (_LANGUAGE, ("language_model.model.", "model.language_model.")),
+    (_HEAD, ("language_model.lm_head.weight", "lm_head.weight")),
+)
+# What a PaliGemma alone lacks of a π0.
+NOT_PALIGEMMA = (GROUPS["action_expert"], GROUPS["projections"])
 
 # The table: our path, tensor name, dims of the leaf, dims of the tensor as einops writes them (e'
 # is another axis of length e). * is the layer, the leaf's first dim. [a,b] in path and name are two
@@ -84,6 +93,7 @@ all
 {_L}mlp/linear               | {_TL}mlp.down_proj.weight        | L m d     | d m
 {_L}[pre_attention,pre_ffw]_norm/scale | {_TL}[input,post_attention]_layernorm.weight | L d | d
 PaliGemma/llm/final_norm/scale | {_LANGUAGE}norm.weight | d | d
+actions
 {_L}attn/kv_einsum_1/w       | {_EL}self_attn.[k,v]_proj.weight | L 2 1 e h | h e
 {_L}attn/q_einsum_1/w        | {_EL}self_attn.q_proj.weight     | L n e h   | (n h) e
 {_L}attn/attn_vec_einsum_1/w | {_EL}self_attn.o_proj.weight     | L n h e   | e (n h)
@@ -105,10 +115,11 @@ time_mlp_[in,out] | time_mlp_[in,out] | e e'
 
 
 def naming(names: Iterable[str]) -> str | None:
-    """Which of `NAMINGS` these tensor names have; None if they are no π0."""
+    """Which of `NAMINGS` these tensor names have, or PALIGEMMA; None if they are neither."""
     text = "\n" + "\n".join(names)
     if _EXPERT not in text:
-        return None
+        parts = ["\n" + name for _, names in _ALONE[:3] for name in names]
+        return PALIGEMMA if sum(part in text for part in parts) == 3 else None
     if any(first in text for _, first in _FIRST):
         return "lerobot_first"
     return "openpi" if "\n" + _EXPERT in text else "lerobot"
@@ -116,6 +127,12 @@ def naming(names: Iterable[str]) -> str | None:
 
 def rename(name: str, source: str, target: str) -> str:
     """A tensor's name in another naming. What is not of π0's network keeps its name."""
+    if source == PALIGEMMA and target == "openpi":
+        for openpi, old_and_new in _ALONE:
+            for prefix in old_and_new:
+                if name.startswith(prefix):
+                    return openpi + name.removeprefix(prefix)
+        return name
     if unknown := {source, target} - set(NAMINGS):
         raise ValueError(f"naming {unknown.pop()!r}: expected one of {list(NAMINGS)}")
     plain = name if source == "openpi" else name.removeprefix("model.")
@@ -216,9 +233,13 @@ _SIGLIP_HEADS = {size.width: size.num_heads for size in _SIZES}
 
 
 def _active(has: Callable[[_Rule], bool]) -> list[_Rule]:
-    """The rules of π0 or π0.5, whichever has more; of vision tower and vocabulary if there are."""
+    """The rules of π0 or π0.5, whichever has more, or of neither; of vision tower and vocabulary if
+    there are.
+    """
     hits = collections.Counter(rule.models for rule in _RULES if has(rule))
     absent = {part for part in ("pictures", "prompts") if not hits[part]}
+    if not hits["actions"] and not hits["pi0"] and not hits["pi05"]:
+        absent |= {"actions", "pi0", "pi05"}  # a PaliGemma alone
     absent.add("pi0" if hits["pi05"] > hits["pi0"] else "pi05")
     return [rule for rule in _RULES if rule.models not in absent]
 

@@ -18,8 +18,8 @@ class Place(NamedTuple):
     """A checkpoint on disk.
 
     Attributes:
-      kind: "orbax" or "safetensors".
-      params: the Orbax item, the safetensors file, or the index of its shards.
+      kind: "orbax", "safetensors", "npz" (big_vision's PaliGemma) or "pt" (open-pi-zero's).
+      params: the Orbax item, the file, or the index of its shards.
       directory: where its assets lie: the step directory, or that of the file.
     """
 
@@ -63,6 +63,8 @@ def _find(path: str | os.PathLike, above: tuple[pathlib.Path, ...]) -> Place:
         return Place("orbax", path, path.parent if path.name == "params" else path)
     if (path / "params" / "_METADATA").is_file():
         return Place("orbax", path / "params", path)
+    if path.is_file() and path.suffix in (".npz", ".pt"):
+        return Place(path.suffix[1:], path, path.parent)
     if tensors := _tensors(path):
         return Place("safetensors", tensors, tensors.parent)
     for inner in (path / "pretrained_model", path / "checkpoints" / "last"):  # LeRobot's runs
@@ -110,7 +112,9 @@ def _tensors(path: pathlib.Path) -> pathlib.Path | None:
     if path.is_file():
         if path.name.endswith((".safetensors", ".safetensors.index.json")):
             return path
-        raise ValueError(f"{path} is a file, and no safetensors file; no checkpoint is known so")
+        raise ValueError(
+            f"{path} is a file, and neither .safetensors nor .npz nor .pt; it is no checkpoint"
+        )
     for name in (INDEX, TENSORS):
         if (path / name).exists():
             return path / name

@@ -4,6 +4,7 @@ asked for, whole or from front to back in blocks.
 
 import abc
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
@@ -94,6 +95,25 @@ class Leaf(abc.ABC):
         with self.opened() as reader:
             reader.read(0, out)
         return out.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows(Leaf):
+    """The first rows of a leaf."""
+
+    whole: Leaf
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.count, *self.whole.shape[1:])
+
+    dtype = property(lambda self: self.whole.dtype)
+    path = property(lambda self: self.whole.path)
+    where = property(lambda self: self.whole.where)
+
+    def reader(self) -> Reader:
+        return self.whole.reader()
 
 
 class Slabs(Reader):

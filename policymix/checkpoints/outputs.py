@@ -173,7 +173,8 @@ def choose(checkpoints: Sequence[Checkpoint], first: int, wanted: str = "") -> O
     if wanted == "safetensors":  # of whatever naming the inputs have
         torch = [f for f in formats if f != "orbax"]
         wanted = torch[0] if torch else "openpi"
-    chosen = wanted or formats[first]
+    # What has no files of its kind to be like, such as a .pt, becomes Orbax.
+    chosen = wanted or (formats[first] if checkpoints[first].files is not None else "orbax")
     unknown = [c.name for c in checkpoints if c.format == "safetensors"]
     if unknown and set(formats) | {chosen} != {"safetensors"}:
         raise ValueError(
@@ -181,7 +182,8 @@ def choose(checkpoints: Sequence[Checkpoint], first: int, wanted: str = "") -> O
             "with safetensors of the same names, into safetensors"
         )
     same = [first, *range(len(checkpoints))]
-    like = next((checkpoints[k] for k in same if formats[k] == chosen != "orbax"), None)
+    alike = [checkpoints[k] for k in same if formats[k] == chosen]
+    like = next((checkpoint for checkpoint in alike if checkpoint.files is not None), None)
     by_tree = chosen == "orbax" or "orbax" in formats or like is None
     return Output(chosen, like, by_tree)
 

@@ -14,7 +14,17 @@ import jax
 import numpy as np
 
 from policymix import files, trees
-from policymix.checkpoints import assets, conversions, items, keymaps, layout, leaves, processors
+from policymix.checkpoints import (
+    assets,
+    conversions,
+    items,
+    keymaps,
+    layout,
+    leaves,
+    npz,
+    open_pi_zero,
+    processors,
+)
 from policymix.checkpoints import safetensors as safetensors_lib
 from policymix.checkpoints.leaves import Leaf
 from policymix.structs import Params
@@ -29,8 +39,8 @@ class Checkpoint:
 
     Attributes:
       name: its path as given; place: where it lies.
-      format: "orbax", a naming of π0's tensors (`keymaps.NAMINGS`), or "safetensors" for any other
-        architecture.
+      format: "orbax" for leaves by the paths of our tree, a naming of π0's tensors
+        (`keymaps.NAMINGS`), or "safetensors" for any other architecture.
       leaves: by path (Orbax) or tensor name. What LeRobot once kept among the tensors for
         normalisation is apart, in `buffers`.
       files: how tensors are laid out in files; None for Orbax.
@@ -53,13 +63,14 @@ class Checkpoint:
         """
         if self.format == "orbax":
             return dict(self.leaves)
-        if self.format == "safetensors":
+        naming = keymaps.naming(self.leaves) if self.format == "safetensors" else self.format
+        if naming is None:
             raise ValueError(
                 f"{self.name}: its tensors are not named as those of a π0 (such as "
                 f"{next(iter(self.leaves), 'none')!r}); they can be mixed by name with others of "
                 "their kind, and nothing else"
             )
-        return conversions.tree_of(self.leaves, self.format, self.name, siglip_heads)
+        return conversions.tree_of(self.leaves, naming, self.name, siglip_heads)
 
 
 def open_checkpoint(path: str | os.PathLike, *, merge_lora: bool = False) -> Checkpoint:
@@ -77,6 +88,10 @@ def open_checkpoint(path: str | os.PathLike, *, merge_lora: bool = False) -> Che
         if merge_lora:
             found, lora = conversions.merge_lora(found, name)
         return Checkpoint(name, place, "orbax", found, lora=lora)
+    if place.kind == "npz":
+        return Checkpoint(name, place, "orbax", npz.open_archive(place.params))
+    if place.kind == "pt":
+        return Checkpoint(name, place, "openpi", open_pi_zero.open_tensors(place.params))
     tensors, in_files = safetensors_lib.open_tensors(place.params)
     if lowrank := next((n for n in tensors if "lora_" in n.lower()), None):
         raise ValueError(
@@ -85,7 +100,9 @@ def open_checkpoint(path: str | os.PathLike, *, merge_lora: bool = False) -> Che
         )
     buffers = {n: leaf for n, leaf in tensors.items() if processors.BUFFER.fullmatch(n)}
     rest = {n: leaf for n, leaf in tensors.items() if n not in buffers}
-    naming = keymaps.naming(rest) or "safetensors"
+    naming = keymaps.naming(rest)
+    if naming not in keymaps.NAMINGS:  # a PaliGemma alone is mixed by name, like any other
+        naming = "safetensors"
     return Checkpoint(name, place, naming, rest, buffers, in_files)
 
 

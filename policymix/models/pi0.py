@@ -1,218 +1,25 @@
 """π0 and π0.5: pictures, prompt and proprio in, a chunk of actions out, by flow matching.
 
-The parameter tree equals OpenPI's, key for key. The sequence is [camera 0]…[camera n][prompt]
-(prefix, PaliGemma) followed by the suffix (action expert): π0 has [proprio][actions], π0.5
-[actions] with the time fed to adaptive norms. t = 1 is noise and t = 0 is data, as in OpenPI; the
-paper runs the other way. b batch, h action horizon, a action, s tokens, d width.
+Pure functions of a configuration, parameters and data. t = 1 is noise and t = 0 is data, as in
+OpenPI; the paper runs the other way. b batch, h action horizon, a action, s tokens, d width, n
+samples.
 Sources: π0 (arXiv:2410.24164), π0.5 (arXiv:2504.16054), and OpenPI's code for what they leave open.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
-import einops
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from policymix import structs
-from policymix.models import flow, gemma, siglip
+from policymix.models import flow
+from policymix.models.config import OPENPI_CAMERAS, Pi0Config
+from policymix.models.network import Pi0, attention_mask
 from policymix.structs import Array, Observation, Params, typechecked
 
-OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pi0Config:
-    """Everything that decides the parameter tree and the computation. The defaults are OpenPI's π0.
-
-    Attributes:
-      paligemma_variant, action_expert_variant: a name ("gemma_2b") or the fields of `gemma.Size`.
-      proprio_dim: length of the proprio vector (None: action_dim, as in OpenPI, whose states are
-        padded to it).
-      remat: scan the layers and compute their activations again in the backward pass. Without it
-        they are unrolled and kept, which needs the memory of all layers: for small networks.
-      siglip_variant: SIZE/PATCH ("So400m/14"); siglip_depth replaces its number of layers.
-      pi05: adaptive norms, no proprio token. discrete_state_input: proprio is written into the
-      prompt (None: pi05).
-      max_token_len: prompt length (None: 48, or 200 for π0.5); 0 leaves the prompt out.
-      image_keys: the cameras, in order; () leaves the vision tower out.
-      image_resolution: height and width in pixels. dtype: of the computation; parameters stay as
-        they are stored.
-    """
-
-    paligemma_variant: str | gemma.Size | Mapping[str, int] = "gemma_2b"
-    action_expert_variant: str | gemma.Size | Mapping[str, int] = "gemma_300m"
-    siglip_variant: str = "So400m/14"
-    siglip_depth: int | None = None
-    vocab_size: int = 257_152
-    pi05: bool = False
-    discrete_state_input: bool | None = None
-    action_dim: int = 32
-    action_horizon: int = 50
-    max_token_len: int | None = None
-    image_keys: tuple[str, ...] = OPENPI_CAMERAS
-    image_resolution: tuple[int, int] = (224, 224)
-    dtype: str = "bfloat16"
-    proprio_dim: int | None = None
-    remat: bool = True
-
-    def __post_init__(self):
-        def put(name, value):
-            object.__setattr__(self, name, value)
-
-        put("paligemma_variant", gemma.size(self.paligemma_variant))
-        put("action_expert_variant", gemma.size(self.action_expert_variant))
-        gemma.check_joint((self.paligemma_variant, self.action_expert_variant))
-        put("image_keys", tuple(self.image_keys))
-        put("image_resolution", tuple(self.image_resolution))
-        if self.discrete_state_input is None:
-            put("discrete_state_input", self.pi05)
-        if self.max_token_len is None:
-            put("max_token_len", 200 if self.pi05 else 48)
-        if self.proprio_dim is None:
-            put("proprio_dim", self.action_dim)
-        for name in ("vocab_size", "action_dim", "action_horizon", "proprio_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Pi0Config.{name} is {getattr(self, name)}; at least 1 is needed")
-        patch = siglip.size(self.siglip_variant).patch
-        if self.image_keys and min(self.image_resolution) < patch:
-            raise ValueError(
-                f"image_resolution {self.image_resolution} is smaller than one patch ({patch} "
-                "pixels)"
-            )
-        if self.dtype not in ("bfloat16", "float32", "float16"):
-            raise ValueError(
-                f"Pi0Config.dtype is {self.dtype!r}; expected bfloat16, float32 or float16"
-            )
-
-
-class PaliGemma(nn.Module):
-    """The vision tower `img` and the language model with its action expert `llm`."""
-
-    config: Pi0Config
-
-    def setup(self):
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        sizes = (config.paligemma_variant, config.action_expert_variant)
-        self.llm = gemma.Gemma(sizes, (False, config.pi05), config.vocab_size, dtype, config.remat)
-        if config.image_keys:
-            tower = siglip.size(config.siglip_variant, config.siglip_depth)
-            self.img = siglip.SigLIP(tower, sizes[0].width, dtype)
-
-
-class Pi0(nn.Module):
-    """The network; its methods are reached through the functions of this file."""
-
-    config: Pi0Config
-
-    def setup(self):
-        config, width = self.config, self.config.action_expert_variant.width
-        self.PaliGemma = PaliGemma(config)
-        self.action_in_proj = nn.Dense(width)
-        self.action_out_proj = nn.Dense(config.action_dim)
-        if config.pi05:
-            self.time_mlp_in = nn.Dense(width)
-            self.time_mlp_out = nn.Dense(width)
-        else:
-            self.state_proj = nn.Dense(width)
-            self.action_time_mlp_in = nn.Dense(width)
-            self.action_time_mlp_out = nn.Dense(width)
-
-    def embed_prefix(self, observation: Observation):
-        """→ tokens [b, s, d], valid bool [b, s]. Prefix tokens all see each other."""
-        batch_size = observation.proprio.shape[0]
-        tokens, valid = [], []
-        for name in self.config.image_keys:
-            image = self.PaliGemma.img(_to_unit_range(observation.images[name]))
-            tokens.append(image)
-            valid.append(einops.repeat(observation.image_masks[name], "b -> b s", s=image.shape[1]))
-        if self.config.max_token_len:
-            tokens.append(self.PaliGemma.llm.embed(observation.prompt_tokens))
-            valid.append(observation.prompt_mask)
-        if not tokens:
-            empty = (batch_size, 0)
-            return jnp.zeros((*empty, self.config.paligemma_variant.width)), jnp.zeros(empty, bool)
-        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
-
-    def embed_suffix(self, observation: Observation, x_t, t):
-        """→ tokens [b, s, d], valid bool [b, s], blocks bool [s] (True starts a new block), cond
-        [b, d] or None.
-        """
-        horizon = x_t.shape[1]
-        actions = self.action_in_proj(x_t)
-        time = flow.embed_time(t, self.config.action_expert_variant.width)
-        if self.config.pi05:
-            cond = nn.swish(self.time_mlp_out(nn.swish(self.time_mlp_in(time))))
-            tokens, starts = actions, [True]
-        else:
-            cond = None
-            time = einops.repeat(time, "b d -> b h d", h=horizon)
-            mixed = self.action_time_mlp_in(jnp.concatenate([actions, time], axis=-1))
-            actions = self.action_time_mlp_out(nn.swish(mixed))
-            tokens = jnp.concatenate(
-                [self.state_proj(observation.proprio)[:, None, :], actions], axis=1
-            )
-            starts = [True, True]
-        blocks = jnp.array(starts + [False] * (horizon - 1))
-        return tokens, jnp.ones(tokens.shape[:2], bool), blocks, cond
-
-    def encode_prefix(self, observation: Observation):
-        """Runs the prefix once: → (cache of keys and values, valid [b, s])."""
-        tokens, valid = self.embed_prefix(observation)
-        mask = attention_mask(valid, jnp.zeros(valid.shape[1], bool))
-        _, cache = self.PaliGemma.llm(
-            [tokens, None], jnp.cumsum(valid, axis=1) - 1, mask, [None, None]
-        )
-        return cache, valid
-
-    def cached_velocity(self, cache, prefix_valid, observation: Observation, x_t, t):
-        """v_t [b, h, a] from the suffix alone, given the prefix's keys and values."""
-        tokens, valid, blocks, cond = self.embed_suffix(observation, x_t, t)
-        mask = attention_mask(valid, blocks)
-        seen = einops.repeat(prefix_valid, "b s -> b t s", t=valid.shape[1])
-        positions = jnp.sum(prefix_valid, axis=1, keepdims=True) + jnp.cumsum(valid, axis=1) - 1
-        (_, out), _ = self.PaliGemma.llm(
-            [None, tokens], positions, jnp.concatenate([seen, mask], axis=-1), [None, cond], cache
-        )
-        return self.action_out_proj(out[:, -x_t.shape[1] :])
-
-    def __call__(self, observation: Observation, x_t, t):
-        """v_t [b, h, a] from one pass over prefix and suffix together."""
-        prefix, prefix_valid = self.embed_prefix(observation)
-        suffix, suffix_valid, blocks, cond = self.embed_suffix(observation, x_t, t)
-        valid = jnp.concatenate([prefix_valid, suffix_valid], axis=1)
-        blocks = jnp.concatenate([jnp.zeros(prefix.shape[1], bool), blocks])
-        (_, out), _ = self.PaliGemma.llm(
-            [prefix, suffix],
-            jnp.cumsum(valid, axis=1) - 1,
-            attention_mask(valid, blocks),
-            [None, cond],
-        )
-        return self.action_out_proj(out[:, -x_t.shape[1] :])
-
-
-@typechecked
-def attention_mask(valid: Bool[Array, "b s"], blocks: Bool[Array, " s"]) -> Bool[Array, "b s s"]:
-    """True where a token may see another: in its own block or an earlier one, and both valid.
-
-    Args:
-      valid: False for padding and absent cameras.
-      blocks: True where a token starts a new block; tokens of one block see each other both ways.
-    """
-    block = jnp.cumsum(blocks)
-    causal = block[None, :] <= block[:, None]
-    return causal[None] & valid[:, None, :] & valid[:, :, None]
-
-
-def _to_unit_range(image):
-    """uint8 0..255 → float32 [-1, 1]; floats are taken to be there already."""
-    if image.dtype == jnp.uint8:
-        return image.astype(jnp.float32) / 255.0 * 2.0 - 1.0
-    return image
+__all__ = ["OPENPI_CAMERAS", "Pi0Config", "attention_mask"]  # part of what callers take from here
 
 
 def example_observation(config: Pi0Config, batch_size: int = 1) -> Observation:
@@ -299,10 +106,10 @@ def flow_loss(
     noise: Float[Array, "b h a"],
     t: Float[Array, " b"],
 ) -> Float[Array, "b h"]:
-    """Flow-matching loss: mean over action dimensions of (v(x_t, t) - (noise - actions))^2, x_t on
-    the straight path.
+    """Flow-matching loss: mean over action dimensions of (v(x_t, t) - u_t)^2, with x_t and u_t on
+    the straight path of `flow.path`.
     """
-    x_t, u_t = flow.path(actions, noise, t)
+    x_t, u_t = flow.path(actions, noise, t, config.sigma_min)
     return flow.squared_error(velocity(config, params, observation, x_t, t), u_t)
 
 
@@ -310,7 +117,7 @@ def loss(
     config: Pi0Config, params: Params, batch: structs.Batch, key: jax.Array
 ) -> tuple[jax.Array, structs.Metrics]:
     """Mean flow-matching loss of a batch; `key` gives the noise and times that OpenPI draws."""
-    noise, t = _noise_and_times(batch, key)
+    noise, t = _noise_and_times(config, batch, key)
     value = jnp.mean(flow_loss(config, params, batch.observation, batch.actions, noise=noise, t=t))
     return value, {"loss": value}
 
@@ -318,41 +125,70 @@ def loss(
 def residual(
     config: Pi0Config, params: Params, batch: structs.Batch, key: jax.Array
 ) -> Float[Array, "b h a"]:
-    """v(x_t, t) - (noise - actions), whose mean square is `loss` with the same key."""
-    noise, t = _noise_and_times(batch, key)
-    x_t, u_t = flow.path(batch.actions, noise, t)
+    """v(x_t, t) - u_t, whose mean square is `loss` with the same key."""
+    noise, t = _noise_and_times(config, batch, key)
+    x_t, u_t = flow.path(batch.actions, noise, t, config.sigma_min)
     return velocity(config, params, batch.observation, x_t, t) - u_t
 
 
-def _noise_and_times(batch: structs.Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _noise_and_times(
+    config: Pi0Config, batch: structs.Batch, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The noise [b, h, a] and times [b] that OpenPI draws from a key in training."""
     _, noise_key, time_key = jax.random.split(
         key, 3
     )  # the first is OpenPI's key for picture augmentation
     noise = jax.random.normal(noise_key, batch.actions.shape)
-    return noise, flow.sample_time(time_key, batch.actions.shape[0])
+    return noise, flow.sample_time(time_key, batch.actions.shape[0], config.time_sampling)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "num_flow_steps"))
 @typechecked
 def sample_actions(
     config: Pi0Config,
     params: Params,
     observation: Observation,
     *,
-    noise: Float[Array, "b h a"],
+    noise: Float[Array, "b *n h a"],
     num_flow_steps: int = 10,
-) -> Float[Array, "b h a"]:
-    """Actions by Euler integration from `noise`, with the prefix's keys and values computed once.
+) -> Float[Array, "b *n h a"]:
+    """Actions by Euler integration from `noise`, compiled as one program.
 
-    Under `jax.jit`, `config` and `num_flow_steps` are static arguments.
+    The prefix is encoded once, its last layer no further than its keys and values; what depends on
+    the time alone is computed for all steps at once.
+
+    Args:
+      noise: [b, h, a], or [b, n, h, a] for n samples of each observation.
     """
     check_observation(config, observation)
+    x_1 = noise.reshape(-1, *noise.shape[-2:])
+    velocity, constants = cached_velocity(config, params, observation, len(x_1), num_flow_steps)
+    actions = flow.integrate(velocity, x_1, num_flow_steps, constants)
+    return finished(config, actions).reshape(noise.shape)
+
+
+def cached_velocity(
+    config: Pi0Config, params: Params, observation: Observation, b: int, num_flow_steps: int
+):
+    """What a sampler integrates: → (velocity, constants) as `flow.integrate` takes them.
+
+    Encodes the prefix of each observation once, for b / b_observations samples of it.
+    """
     cache, valid = _apply(config, params, observation, method=Pi0.encode_prefix)
+    proprio = jnp.repeat(observation.proprio, b // len(observation.proprio), axis=0)
+    repeated = observation.replace(proprio=proprio)
 
-    def step(x_t, t):
-        return _apply(config, params, cache, valid, observation, x_t, t, method=Pi0.cached_velocity)
+    def velocity(x_t, t, modulations):
+        inputs = cache, valid, repeated, x_t, t, modulations
+        return _apply(config, params, *inputs, method=Pi0.cached_velocity)
 
-    return flow.integrate(step, noise, num_flow_steps)
+    times = jnp.asarray(flow.times(num_flow_steps))
+    return velocity, (_apply(config, params, times, method=Pi0.modulations),)
+
+
+def finished(config: Pi0Config, actions: jax.Array) -> jax.Array:
+    """What was sampled, as it is given out."""
+    return jnp.clip(actions, -1, 1) if config.open_pi_zero else actions
 
 
 def embed_prefix(config: Pi0Config, params: Params, observation: Observation):

@@ -13,8 +13,8 @@ import jax
 import ml_collections
 
 from policymix import files, memory, metrics, sharding, trees
-from policymix.checkpoints import assets, series, store
-from policymix.models import pi0
+from policymix.checkpoints import assets, keymaps, leaves, series, store
+from policymix.models import lora, pi0
 from policymix.runs import pipeline as pipeline_lib
 from policymix.runs import policies
 from policymix.training import optimizers
@@ -231,13 +231,26 @@ def _fill(config: ml_collections.ConfigDict, like: TrainState) -> trees.Filled |
         print(f"all {len(jax.tree.leaves(like.params))} arrays are newly initialised")
         return None
     header = store.open_params(config.train.init_from)
-    filled = trees.fill(like.params, header, may_miss=tuple(config.train.init_missing))
+    may_miss = [*config.train.init_missing, lora.PARAMETERS]
+    if "action_in_proj" not in header:  # a PaliGemma, whose vocabulary may be padded
+        may_miss += keymaps.NOT_PALIGEMMA
+        header = _without_padding(header, like.params)
+    filled = trees.fill(like.params, header, may_miss=tuple(may_miss))
     print(
         f"from {config.train.init_from}: {len(filled.loaded)} arrays loaded, {len(filled.fresh)} "
         f"newly initialised{_some(filled.fresh)}, {len(filled.ignored)} "
         f"ignored{_some(filled.ignored)}"
     )
     return filled
+
+
+def _without_padding(header: dict[str, Any], params: Any) -> dict[str, Any]:
+    """The vocabulary of a PaliGemma as published by Hugging Face has 64 rows more than it needs."""
+    flat, path = trees.flatten(header), "PaliGemma/llm/embedder/input_embedding"
+    wanted = trees.flatten(params).get(path)
+    if wanted is not None and path in flat and len(wanted) < flat[path].shape[0]:
+        flat[path] = leaves.Rows(flat[path], len(wanted))
+    return trees.unflatten(flat)
 
 
 def _some(paths: list[str]) -> str:

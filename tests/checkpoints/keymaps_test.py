@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from policymix import trees
 from policymix.checkpoints import keymaps
-from policymix.models import gemma, pi0, siglip
+from policymix.models import pi0, siglip, variants
 from tests import oracle
 
 KEYS = oracle.TESTDATA / "keys"
@@ -52,8 +52,8 @@ def tiny_shapes(model: str) -> dict[str, tuple[int, ...]]:
     """Our leaves of a model in which few lengths are equal by chance."""
     heads = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
     config = pi0.Pi0Config(
-        paligemma_variant=gemma.Size(width=32, mlp_dim=48, **heads),
-        action_expert_variant=gemma.Size(width=24, mlp_dim=40, **heads),
+        paligemma_variant=variants.Size(width=32, mlp_dim=48, **heads),
+        action_expert_variant=variants.Size(width=24, mlp_dim=40, **heads),
         siglip_variant="mu/14",
         siglip_depth=2,
         vocab_size=64,

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policymix import trees
-from policymix.models import gemma
+from policymix.models import attention, gemma, variants
 
 laws = settings(deadline=None, max_examples=20)
-TINY = gemma.Size(width=12, depth=2, mlp_dim=20, num_heads=2, num_kv_heads=2, head_dim=4)
+TINY = variants.Size(width=12, depth=2, mlp_dim=20, num_heads=2, num_kv_heads=2, head_dim=4)
 
 
 def _normal(seed, *shape):
@@ -24,7 +24,7 @@ def _normal(seed, *shape):
 @given(st.integers(0, 2**32 - 1), st.integers(0, 500))
 def test_rotation_preserves_norms(seed, position):
     x = _normal(seed, 1, 1, 2, 8)
-    turned = gemma.rotate(x, np.full((1, 1), position))
+    turned = attention.rotate(x, np.full((1, 1), position))
     np.testing.assert_allclose(
         np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
     )
@@ -36,7 +36,7 @@ def test_products_of_rotated_vectors_depend_on_relative_position_only(seed, i, j
     q, k = _normal(seed, 1, 1, 1, 8), _normal(seed + 1, 1, 1, 1, 8)
 
     def product(i, j):
-        turned = (gemma.rotate(x, np.full((1, 1), p)) for x, p in ((q, i), (k, j)))
+        turned = (attention.rotate(x, np.full((1, 1), p)) for x, p in ((q, i), (k, j)))
         return float(np.vdot(*turned))
 
     np.testing.assert_allclose(product(i, j), product(i + shift, j + shift), atol=1e-3)
@@ -44,8 +44,8 @@ def test_products_of_rotated_vectors_depend_on_relative_position_only(seed, i, j
 
 def test_position_zero_is_not_turned_and_the_first_half_pairs_with_the_second():
     x = np.array([1.0, 0.0, 0.0, 0.0], np.float32).reshape(1, 1, 1, 4)
-    np.testing.assert_array_equal(gemma.rotate(x, np.zeros((1, 1))), x)
-    turned = np.asarray(gemma.rotate(x, np.ones((1, 1)))).ravel()
+    np.testing.assert_array_equal(attention.rotate(x, np.zeros((1, 1))), x)
+    turned = np.asarray(attention.rotate(x, np.ones((1, 1)))).ravel()
     np.testing.assert_allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
 
 
@@ -118,10 +118,10 @@ def test_embeddings_are_rows_times_the_root_of_the_width():
 )
 def test_an_unknown_size_says_what_is_known(variant, message):
     with pytest.raises(ValueError, match=message):
-        gemma.size(variant)
+        variants.size(variant)
 
 
 def test_a_size_is_named_given_or_spelt_out():
-    assert gemma.size("gemma_2b").width == 2048
-    assert gemma.size(TINY) is TINY
-    assert gemma.size(dataclasses.asdict(TINY)) == TINY
+    assert variants.size("gemma_2b").width == 2048
+    assert variants.size(TINY) is TINY
+    assert variants.size(dataclasses.asdict(TINY)) == TINY

@@ -199,6 +199,7 @@ def test_low_rank_updates_are_merged_first(written, tmp_path):
     for path, names in {
         "PaliGemma/llm/layers/attn/q_einsum/w": ("lora_a", "lora_b"),
         "PaliGemma/llm/layers/attn/kv_einsum_1/w": ("lora_a", "lora_b"),
+        "PaliGemma/llm/layers/attn/attn_vec_einsum/w": ("lora_a", "lora_b"),
         "PaliGemma/llm/layers/mlp/gating_einsum": ("gating_einsum_lora_a", "gating_einsum_lora_b"),
         "PaliGemma/llm/layers/mlp_1/linear": ("linear_lora_a", "linear_lora_b"),
     }.items():
@@ -207,6 +208,8 @@ def test_low_rank_updates_are_merged_first(written, tmp_path):
         b = rng.standard_normal((*weight.shape[:-2], 2, weight.shape[-1])).astype(np.float32)
         flat |= {f"{folder}/{names[0]}": a, f"{folder}/{names[1]}": b}
         flat[path] = weight.astype(jnp.bfloat16)  # frozen, as OpenPI keeps it
+        if "attn_vec" in path:  # whose heads share an update
+            b = b.sum(axis=1, keepdims=True)
         expected[path] = np.asarray(flat[path], float) + a.astype(float) @ b.astype(float)
     store.save_params(trees.unflatten(flat), tmp_path / "lora", stats(), "robot")
     report = run(tmp_path, [str(tmp_path / "lora")], base=written("base", "orbax"),
