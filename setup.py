@@ -32,6 +32,7 @@ setuptools.setup(
         "matplotlib>=3.9",
         "pillow>=10",
         "tqdm>=4.66",
+        "sentencepiece>=0.2",
     ],
     extras_require={
         "cuda": ["jax[cuda12]"],
@@ -46,6 +47,7 @@ setuptools.setup(
         ],
         "rlds": ["tensorflow-cpu>=2.20", "tensorflow-datasets>=4.9.9"],
         "hub": ["requests>=2.32", "google-auth>=2", "google-crc32c>=1.5", "huggingface_hub>=1,<3"],
+        "torch": ["torch>=2.4"],  # open-pi-zero's .pt
         "notebooks": ["jupyterlab", "nbconvert", "ipykernel"],
         "dev": [
             "pytest>=8",

@@ -51,8 +51,10 @@ _FIRST = (  # OpenPI's prefixes, and those of LeRobot <= 0.3 for the same
     (_LANGUAGE, _PALIGEMMA + "language_model.model."),
     (_HEAD, _PALIGEMMA + "language_model.lm_head.weight"),
 )
-_ALONE = (  # OpenPI's prefixes, and those of PaliGemma by itself, as published and as saved now
-    (_VISION, ("vision_tower.", "model.vision_tower.")),
+# OpenPI's prefixes, and those of PaliGemma by itself: as published, and as saved since.
+_VISION_MODEL = "vision_tower.vision_model."
+_ALONE = (
+    (_VISION + "vision_model.", (_VISION_MODEL, "model." + _VISION_MODEL, "vision_tower.")),
     (_PROJECTOR, ("multi_modal_projector.", "model.multi_modal_projector.")),
     (_LANGUAGE, ("language_model.model.", "model.language_model.")),
     (_HEAD, ("language_model.lm_head.weight", "lm_head.weight")),
@@ -118,8 +120,9 @@ def naming(names: Iterable[str]) -> str | None:
     """Which of `NAMINGS` these tensor names have, or PALIGEMMA; None if they are neither."""
     text = "\n" + "\n".join(names)
     if _EXPERT not in text:
-        parts = ["\n" + name for _, names in _ALONE[:3] for name in names]
-        return PALIGEMMA if sum(part in text for part in parts) == 3 else None
+        parts = [["\n" + name for name in names] for _, names in _ALONE[:3]]
+        alone = all(any(name in text for name in names) for names in parts)
+        return PALIGEMMA if alone else None
     if any(first in text for _, first in _FIRST):
         return "lerobot_first"
     return "openpi" if "\n" + _EXPERT in text else "lerobot"

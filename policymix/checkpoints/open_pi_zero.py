@@ -60,15 +60,22 @@ class _Reader(leaves.Reader):
 
 
 def open_tensors(file: pathlib.Path) -> dict[str, leaves.Leaf]:
-    """Its tensors, under OpenPI's PyTorch names. Needs the extra `torch`.
+    """The tensors of a file, as `tensors` tells. Needs the extra `torch`.
 
     Raises:
-      ValueError: no such checkpoint, one with low-rank or quantised parameters, or damaged.
+      ValueError: no such checkpoint, or damaged.
     """
-    state = {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", name): array
-        for name, array in _state_dict(file).items()
-    }
+    return tensors(_state_dict(file), str(file))
+
+
+def tensors(state: Mapping[str, np.ndarray], file: str) -> dict[str, leaves.Leaf]:
+    """A state dict's tensors under OpenPI's PyTorch names.
+
+    Raises:
+      ValueError: it is another model's, or has low-rank parameters.
+    """
+    # torch.compile and DistributedDataParallel put their names in front.
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): x for name, x in state.items()}
     if lowrank := next((n for n in state if "lora" in n.lower()), None):
         raise ValueError(f"{file} holds the low-rank parameter {lowrank!r}; merge it first")
     _check_tied(state, file)
@@ -79,7 +86,7 @@ def open_tensors(file: pathlib.Path) -> dict[str, leaves.Leaf]:
                 target = ours + name.removeprefix(theirs)
                 if name == "action_encoder.linear_2.weight":  # [time, action] there
                     array = np.concatenate(np.split(array, 2, axis=1)[::-1], axis=1)
-                found[target] = Held(array, target, str(file))
+                found[target] = Held(array, target, file)
     if not any(name.startswith("state_proj") for name in found):
         raise ValueError(
             f"{file} is not a checkpoint of open-pi-zero: no proprio_encoder among its "
@@ -87,11 +94,11 @@ def open_tensors(file: pathlib.Path) -> dict[str, leaves.Leaf]:
         )
     if _NORM not in found:  # the end of a stream that nothing reads
         width = found[_NORM.replace("norm.weight", "embed_tokens.weight")].shape[-1]
-        found[_NORM] = Held(np.zeros(width, np.float32), _NORM, str(file))
+        found[_NORM] = Held(np.zeros(width, np.float32), _NORM, file)
     return found
 
 
-def _check_tied(state: Mapping[str, np.ndarray], file: pathlib.Path) -> None:
+def _check_tied(state: Mapping[str, np.ndarray], file: str) -> None:
     """ValueError where proprio and actions have networks of their own."""
     for name, array in state.items():
         twin = _ACTION + name.removeprefix(_PROPRIO)

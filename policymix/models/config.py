@@ -27,7 +27,8 @@ class Pi0Config:
         padded to it).
       remat: scan the layers and compute their activations again in the backward pass. Without it
         they are unrolled and kept, which needs the memory of all layers: for small networks.
-      siglip_variant: SIZE/PATCH ("So400m/14"); siglip_depth replaces its number of layers.
+      siglip_variant: SIZE/PATCH ("So400m/14"), or the fields of `siglip.Size`; siglip_depth
+        replaces its number of layers.
       pi05: adaptive norms, no proprio token. discrete_state_input: proprio is written into the
       prompt (None: pi05).
       max_token_len: prompt length (None: 48, or 200 for π0.5); 0 leaves the prompt out.
@@ -45,7 +46,7 @@ class Pi0Config:
 
     paligemma_variant: str | Size | Mapping[str, Any] = "gemma_2b"
     action_expert_variant: str | Size | Mapping[str, Any] = "gemma_300m"
-    siglip_variant: str = "So400m/14"
+    siglip_variant: str | siglip.Size | Mapping[str, int] = "So400m/14"
     siglip_depth: int | None = None
     vocab_size: int = 257_152
     pi05: bool = False
@@ -70,6 +71,8 @@ class Pi0Config:
         put("paligemma_variant", variants.size(self.paligemma_variant))
         put("action_expert_variant", variants.size(self.action_expert_variant))
         variants.check_joint((self.paligemma_variant, self.action_expert_variant))
+        if not isinstance(self.siglip_variant, str):  # a mapping would not hash
+            put("siglip_variant", siglip.size(self.siglip_variant))
         put("image_keys", tuple(self.image_keys))
         put("image_resolution", tuple(self.image_resolution))
         if self.discrete_state_input is None:

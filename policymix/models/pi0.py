@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from policymix import structs
-from policymix.models import flow
+from policymix.models import flow, lora
 from policymix.models.config import OPENPI_CAMERAS, Pi0Config
 from policymix.models.network import Pi0, attention_mask
 from policymix.structs import Array, Observation, Params, typechecked
@@ -77,6 +77,12 @@ def init(config: Pi0Config, key: jax.Array) -> dict[str, Any]:
 def shapes(config: Pi0Config) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+def freeze(config: Pi0Config) -> tuple[str, ...]:
+    """Regexes of the parameters that OpenPI keeps fixed beside low-rank updates; () without any."""
+    sizes = config.paligemma_variant, config.action_expert_variant
+    return lora.freeze(*(size.lora for size in sizes))
 
 
 def _apply(config: Pi0Config, params: Params, *args, method=None):

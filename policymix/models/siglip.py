@@ -7,6 +7,7 @@ Alabdulmohsin et al. 2023 (arXiv:2305.13035).
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import einops
 import flax.linen as nn
@@ -45,8 +46,15 @@ _SIZES = {  # width, depth, mlp_dim, heads
 }
 
 
-def size(variant: str, depth: int | None = None) -> Size:
-    """The size named "So400m/14" (letter / patch side); `depth` replaces its number of layers."""
+def size(variant: str | Size | Mapping[str, int], depth: int | None = None) -> Size:
+    """The size named "So400m/14" (letter / patch side), or one given by its numbers.
+
+    `depth` replaces its number of layers.
+    """
+    if isinstance(variant, Mapping):
+        variant = Size(**variant)
+    if isinstance(variant, Size):
+        return variant if depth is None else dataclasses.replace(variant, depth=depth)
     letter, _, patch = variant.partition("/")
     if letter not in _SIZES or not patch.isdigit() or int(patch) == 0:
         raise ValueError(

@@ -52,7 +52,8 @@ def train(
     pipeline.check_trains(config.train.batch_size)
     mesh = _mesh(config.train, devices)
     shapes = pi0.shapes(model)
-    optimizer = _optimizer(model, *_optimizer_settings(config))
+    settings = _optimizer_settings(config, model)
+    optimizer = _optimizer(model, *settings)
     rates = _learning_rates(config.train)
     start = functools.partial(state_lib.init, optimizer=optimizer, ema=config.train.ema_decay > 0)
     key = jax.random.key(config.train.seed)
@@ -80,7 +81,9 @@ def train(
         else:
             params = _initial_params(filled, model, like, places, key)
             state = jax.jit(start, out_shardings=places)(params)
-        step_fn = _compiled(model, mesh, *_optimizer_settings(config), config.train.ema_decay)
+        step_fn = _compiled(
+            model, mesh, *_optimizer_settings(config, model), config.train.ema_decay
+        )
         ancestor = resumed or config.train.init_from
         inherited = assets.trainings_of(ancestor) if ancestor else []
         beside = series.Assets(
@@ -167,8 +170,15 @@ def _check_settings(t: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.train.ema_decay is {t.ema_decay}; expected 0 (off) to below 1")
 
 
-def _optimizer_settings(config: ml_collections.ConfigDict) -> tuple[float, float, tuple[str, ...]]:
-    return config.train.weight_decay, config.train.clip_norm, tuple(config.train.freeze)
+def _optimizer_settings(
+    config: ml_collections.ConfigDict, model: pi0.Pi0Config
+) -> tuple[float, float, tuple[str, ...]]:
+    return config.train.weight_decay, config.train.clip_norm, _freeze(config, model)
+
+
+def _freeze(config: ml_collections.ConfigDict, model: pi0.Pi0Config) -> tuple[str, ...]:
+    """Regexes of what stays as it is; beside low-rank updates, what OpenPI keeps fixed."""
+    return (*config.train.freeze, *pi0.freeze(model))
 
 
 def _optimizer(
@@ -313,7 +323,7 @@ def _nbytes(tree: Any) -> int:
 def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathlib.Path) -> None:
     devices = mesh.devices.flat
     total = trees.num_params(like.params)
-    frozen = optimizers.frozen_paths(like.params, tuple(config.train.freeze))
+    frozen = optimizers.frozen_paths(like.params, _freeze(config, model))
     flat = trees.flatten(like.params)
     still = sum(math.prod(flat[path].shape) for path in frozen)
     size = _nbytes(like)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 from policymix import trees
+from policymix.checkpoints import store
 from policymix.models import flow, pi0
 from policymix.structs import Batch, Observation
 from tests import oracle
@@ -193,6 +195,27 @@ def test_the_full_size_tree_is_openpis(model, leaves, params):
     assert trees.num_params(shapes) == params
 
 
+@pytest.mark.parametrize(
+    ("model", "leaves", "params", "frozen"),
+    [("pi0", 70, 3_288_036_112, 2_819_996_672), ("pi05", 71, 3_403_421_456, 2_936_464_384)],
+)
+def test_the_full_size_tree_with_low_rank_updates_is_openpis(model, leaves, params, frozen):
+    """And so is what is kept fixed: 17 arrays of π0, 20 of π0.5."""
+    listed = json.loads((oracle.TESTDATA / "keys" / f"{model}_lora.json").read_text())
+    variants = {
+        "paligemma_variant": "gemma_2b_lora",
+        "action_expert_variant": "gemma_300m_lora",
+    }
+    config = pi0.Pi0Config(pi05=model == "pi05", **variants)
+    flat = trees.flatten(pi0.shapes(config))
+    assert {path: [list(x.shape), str(x.dtype)] for path, x in flat.items()} == listed["leaves"]
+    assert len(flat) == leaves
+    assert sum(x.size for x in flat.values()) == params
+    kept = [p for p in flat if any(re.fullmatch(r, p) for r in pi0.freeze(config))]
+    assert sorted(kept) == listed["frozen"]
+    assert sum(flat[path].size for path in kept) == frozen
+
+
 @MODELS
 def test_the_tiny_tree_is_that_of_openpis_checkpoint(model):
     listed = json.loads((oracle.OPENPI / model / "meta.json").read_text())["leaves"]
@@ -267,6 +290,19 @@ def test_a_masked_camera_is_a_camera_left_out(model):
     assert np.max(np.abs(seen - without)) > 1e-3  # else the cameras say nothing anyway
 
 
+@MODELS
+@pytest.mark.parametrize("remat", [False, True])
+def test_samples_of_one_observation_are_what_each_is_alone(model, remat):
+    config = small_config(pi05=model == "pi05", remat=remat)
+    params, (observation, *_) = noisy_params(config), random_inputs(config)
+    noise = jax.random.normal(jax.random.key(3), (2, 3, config.action_horizon, config.action_dim))
+    together = pi0.sample_actions(config, params, observation, noise=noise)
+    assert together.shape == noise.shape
+    for sample in range(3):
+        alone = pi0.sample_actions(config, params, observation, noise=noise[:, sample])
+        np.testing.assert_allclose(together[:, sample], alone, atol=1e-5)
+
+
 def test_padding_tokens_and_masked_pictures_are_never_seen():
     config = small_config(image_keys=("a",))
     observation, x_t, t = random_inputs(config)
@@ -298,6 +334,31 @@ def test_computing_in_bfloat16_stays_near_float32_and_keeps_the_parameters():
     rough, exact = (velocity(c, noisy_params(config), *inputs) for c in (half, config))
     assert rough.dtype == jnp.float32
     assert 1e-5 < np.abs(rough - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@MODELS
+def test_low_rank_updates_compute_what_their_merged_weights_do(model, tmp_path):
+    """Velocities and samples of a LoRA model, and of the plain checkpoint it is merged into."""
+    lowrank = {**SMALL, "lora": {"rank": 2}}
+    config = small_config(
+        pi05=model == "pi05",
+        paligemma_variant=lowrank,
+        action_expert_variant=lowrank | {"width": 8},
+    )
+    params, (observation, x_t, t) = noisy_params(config), random_inputs(config)
+    store.save_params(params, tmp_path / "lora")
+    opened = store.open_checkpoint(tmp_path / "lora", merge_lora=True)
+    assert opened.lora == 10
+    plain = small_config(pi05=model == "pi05")
+    merged = jax.tree.map(lambda leaf: leaf.read(), trees.unflatten(opened.tree()))
+    trees.check_same(pi0.shapes(plain), merged, names=("the plain model", "the merged one"))
+    found = velocity(plain, merged, observation, x_t, t)
+    np.testing.assert_allclose(found, velocity(config, params, observation, x_t, t), atol=1e-5)
+    kept, added = (
+        pi0.sample_actions(c, p, observation, noise=x_t)
+        for c, p in ((plain, merged), (config, params))
+    )
+    np.testing.assert_allclose(kept, added, atol=1e-5)
 
 
 @MODELS
