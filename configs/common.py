@@ -34,7 +34,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 # {camera of the model: picture feature of the dataset}; "" is none yet.
                 "cameras": {},
                 "mask_cameras": False,  # go on as if every camera of the model were absent
-                "tokenizer": "bytes",  # or words: a token each, for small models
+                # paligemma, or the path of its SentencePiece .model; for small models bytes, or
+                # words: a token each.
+                "tokenizer": "bytes",
                 "default_prompt": "",  # overrides the dataset's instructions
                 # Fraction of the episodes that training never sees; 1: data kept for validation.
                 "held_out": 0.1,
@@ -120,11 +122,16 @@ def openpi_config(base: str, *, pi05: bool, **model) -> ml_collections.ConfigDic
             "dtype": "bfloat16",
             "proprio_dim": ml_collections.config_dict.placeholder(int),  # action_dim
             "remat": True,
+            "variant": "openpi",
+            "expert_rope_base": 10_000.0,
+            "time_max_period": ml_collections.config_dict.placeholder(float),  # OpenPI's
+            "time_sampling": "beta",
         }
     )
     config.model.update(model)
     config.data.cameras = dict.fromkeys(config.model.image_keys, "")
     config.data.quantiles = pi05
+    config.data.tokenizer = "paligemma"
     config.train.init_from = f"{OPENPI}/{base}/params"
     return config
 

@@ -1,10 +1,17 @@
-"""Prompts → tokens, by bytes or by words: for policies that come without a SentencePiece model."""
+"""Prompts → tokens: by PaliGemma's SentencePiece model, or by bytes or words for policies that come
+without one.
+"""
 
 import logging
+import os
+import pathlib
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
+import sentencepiece
+
+from policymix import hub
 
 PAD_ID = 0
 BOS_ID = 1
@@ -87,3 +94,65 @@ class WordTokenizer(ByteTokenizer):
     def _ids(self, prompt: str) -> list[int]:
         words, buckets = prompt.lower().split(), self.vocab_size - _BYTE_OFFSET
         return [_BYTE_OFFSET + zlib.crc32(word.encode()) % buckets for word in words]
+
+
+class SentencePieceTokenizer(ByteTokenizer):
+    """PaliGemma's tokens, from its SentencePiece model.
+
+    A newline at the end of a prompt is encoded apart, as OpenPI does; what it would be joined with
+    otherwise depends on the vocabulary.
+
+    Args:
+      model: path of the .model file.
+      max_token_len: s, the length of every row; longer prompts are cut.
+
+    Raises:
+      ValueError: no such file, or no SentencePiece model.
+    """
+
+    def __init__(self, model: str | os.PathLike, max_token_len: int):
+        super().__init__(max_token_len)
+        if not pathlib.Path(model).is_file():
+            raise ValueError(f"the tokenizer {model} does not exist")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"{model} cannot be read as a SentencePiece model: "
+                f"{str(error).strip().splitlines()[-1]}"
+            ) from error
+        self.vocab_size = self._processor.vocab_size()
+
+    def _ids(self, prompt: str) -> list[int]:
+        text = prompt.removesuffix("\n")
+        ids = self._processor.encode(text, add_bos=True)
+        return ids + self._processor.encode("\n") if text != prompt else ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens."""
+        return self._processor.decode([int(token) for token in tokens])
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a text."""
+        return self._processor.eos_id()
+
+
+PALIGEMMA_MODEL = "gs://big_vision/paligemma_tokenizer.model"
+
+
+def paligemma(max_token_len: int) -> SentencePieceTokenizer:
+    """PaliGemma's tokenizer, from the local cache or fetched into it.
+
+    Raises:
+      ValueError: it is not there and cannot be fetched; the message says how to get it.
+    """
+    try:
+        path = hub.fetch(PALIGEMMA_MODEL)
+    except (OSError, ImportError) as error:
+        raise ValueError(
+            f"PaliGemma's tokenizer is not in the cache and cannot be fetched ({error}). Get "
+            f"{PALIGEMMA_MODEL}, or, after `hf auth login` and accepting its licence, `hf download "
+            "google/paligemma-3b-pt-224 tokenizer.model`, and pass --config.data.tokenizer=PATH"
+        ) from error
+    return SentencePieceTokenizer(path, max_token_len)

@@ -115,12 +115,21 @@ def _tokenizer(model: pi0.Pi0Config, name: str) -> tokenizer.ByteTokenizer | Non
         return None
     if name == "words":
         return tokenizer.WordTokenizer(model.max_token_len, model.vocab_size)
-    if name != "bytes":
-        raise ValueError(f"config.data.tokenizer is {name!r}; expected bytes or words")
-    made = tokenizer.ByteTokenizer(model.max_token_len)
+    if name == "bytes":
+        made = tokenizer.ByteTokenizer(model.max_token_len)
+    elif name == "paligemma":
+        made = tokenizer.paligemma(model.max_token_len)
+    elif name.endswith(".model"):
+        made = tokenizer.SentencePieceTokenizer(name, model.max_token_len)
+    else:
+        raise ValueError(
+            f"config.data.tokenizer is {name!r}; expected paligemma, the path of a SentencePiece "
+            ".model, bytes or words"
+        )
     if model.vocab_size < made.vocab_size:
         raise ValueError(
-            f"config.model.vocab_size is {model.vocab_size}; byte prompts need {made.vocab_size}"
+            f"config.model.vocab_size is {model.vocab_size}; the tokenizer {name!r} needs "
+            f"{made.vocab_size}"
         )
     return made
 

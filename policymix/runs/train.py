@@ -206,6 +206,7 @@ def _compiled(
         loss_fn=policies.loss_fn(model),
         optimizer=optimizer,
         ema_decay=ema_decay,
+        frozen=frozenset(optimizers.frozen_paths(pi0.shapes(model), freeze)),
     )
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 

@@ -1,5 +1,6 @@
 """The state of training, and one step of it: state in, (state, metrics) out."""
 
+from collections.abc import Collection
 from typing import Any
 
 import flax.struct
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from policymix import trees
 from policymix.structs import LossFn, Metrics, Params, PyTree
 
 
@@ -48,8 +50,11 @@ def update(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     ema_decay: float = 0.0,
+    frozen: Collection[str] = (),
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch.
+
+    Of `frozen` paths no gradient is computed; `optimizer` is to leave them alone.
 
     The key is fold_in(root_key, step), so that a resumed run draws what the uninterrupted one would
     have. params ← params + learning_rate * updates of the optimizer;
@@ -60,7 +65,14 @@ def update(
       and the loss's own}.
     """
     key = jax.random.fold_in(root_key, state.step)
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+
+    def loss_of(params):
+        fixed = trees.map_with_path(
+            lambda path, leaf: jax.lax.stop_gradient(leaf) if path in frozen else leaf, params
+        )
+        return loss_fn(fixed, batch, key)
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = optax.tree.scale(learning_rate, updates)
     params = optax.apply_updates(state.params, updates)

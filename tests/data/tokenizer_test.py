@@ -1,4 +1,4 @@
-"""Prompts by bytes and by words: what the tokens say, and what becomes of those that do not fit."""
+"""Prompts by SentencePiece, bytes and words: what they say, and what is cut."""
 
 import logging
 
@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import sentencepiece
 
 from policymix.data import tokenizer
 from policymix.sim import envs
@@ -103,3 +104,67 @@ def test_the_words_of_meta_worlds_tasks_are_told_apart():
 def test_a_vocabulary_without_room_for_words_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 3; words need more than 3"):
         tokenizer.WordTokenizer(8, 3)
+
+
+# SentencePiece
+
+
+@pytest.fixture(scope="session")
+def paligemma_like(tmp_path_factory):
+    """A small model with PaliGemma's special tokens: 0 padding, 1 end, 2 beginning, 3 unknown."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    sentences = [f"pick up the {c} {o} and put it away {i}" for i in range(30)
+                 for c in ("red", "blue", "green") for o in ("cup", "block", "drawer")]  # fmt: skip
+    (folder / "text.txt").write_text("\n".join(sentences))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "small"), vocab_size=40,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=["\n"],
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / "small.model"
+
+
+def test_sentencepiece_begins_and_spells(paligemma_like):
+    coder = tokenizer.SentencePieceTokenizer(paligemma_like, 24)
+    tokens, mask = coder.encode(["pick up the red cup\n", "put it away"])
+    kept = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+    assert all(row[0] == 2 for row in kept)
+    assert coder.decode(kept[0][1:]).rstrip() == "pick up the red cup"
+    assert coder.decode(kept[1][1:]) == "put it away"
+    assert (tokens[~mask] == 0).all()
+    assert (coder.vocab_size, coder.eos_id) == (40, 1)
+
+
+def test_a_newline_at_the_end_is_encoded_apart_as_openpi_does(paligemma_like):
+    given = sentencepiece.SentencePieceProcessor(model_file=str(paligemma_like))
+    expected = given.encode("put it away", add_bos=True) + given.encode("\n")
+    tokens, mask = tokenizer.SentencePieceTokenizer(paligemma_like, 24).encode(["put it away\n"])
+    assert tokens[mask].tolist() == expected
+    whole = "Task: put it away, State: 1 2;\nAction: "  # one piece of text, as for π0.5
+    tokens, mask = tokenizer.SentencePieceTokenizer(paligemma_like, 60).encode([whole])
+    assert tokens[mask].tolist() == given.encode(whole, add_bos=True)
+
+
+def test_a_long_sentencepiece_prompt_is_cut_and_quoted(paligemma_like, caplog):
+    with caplog.at_level(logging.WARNING):
+        _, mask = tokenizer.SentencePieceTokenizer(paligemma_like, 4).encode(["pick up the cup"])
+    assert mask.all()
+    assert "'pick up the cup'" in caplog.text
+    assert "is cut at max_token_len=4" in caplog.text
+
+
+def test_a_tokenizer_that_is_not_there_or_none_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.model does not exist"):
+        tokenizer.SentencePieceTokenizer(tmp_path / "nowhere.model", 4)
+    (tmp_path / "broken.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="broken.model cannot be read as a SentencePiece model"):
+        tokenizer.SentencePieceTokenizer(tmp_path / "broken.model", 4)
+
+
+def test_without_the_hub_the_message_says_how_to_get_it(monkeypatch):
+    def unreachable(url):
+        raise ConnectionError(f"{url} cannot be reached")
+
+    monkeypatch.setattr(tokenizer.hub, "fetch", unreachable)
+    with pytest.raises(ValueError, match=r"hf download google/paligemma.*config.data.tokenizer=P"):
+        tokenizer.paligemma(48)

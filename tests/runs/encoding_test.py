@@ -118,8 +118,8 @@ def test_words_are_tokens_of_the_models_vocabulary(stats):
 @pytest.mark.parametrize(
     ("fields", "name", "message"),
     [
-        ({"vocab_size": 258}, "bytes", "vocab_size is 258; byte prompts need 259"),
-        ({}, "word", "config.data.tokenizer is 'word'; expected bytes or words"),
+        ({"vocab_size": 258}, "bytes", "vocab_size is 258; the tokenizer 'bytes' needs 259"),
+        ({}, "word", "config.data.tokenizer is 'word'; expected paligemma"),
         ({"vocab_size": 3}, "words", "vocab_size is 3; words need more than 3"),
     ],
 )

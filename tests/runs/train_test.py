@@ -109,6 +109,24 @@ def test_init_from_loads_and_says_so(straight, tmp_path, capsys):
     )  # nothing moves at learning rate 0
 
 
+def test_init_from_a_paligemma_leaves_the_expert_fresh(straight, tmp_path, capsys):
+    """Its vocabulary has rows that pad it, as Hugging Face's has."""
+    flat = trees.flatten(store.load_params(straight / "4"))
+    known = {p: x for p, x in flat.items() if p.startswith("PaliGemma/") and "_1" not in p}
+    table = "PaliGemma/llm/embedder/input_embedding"
+    padded = known | {table: np.pad(known[table], [(0, 64), (0, 0)], constant_values=9.0)}
+    arrays = {f"params/{p.removeprefix('PaliGemma/')}": x for p, x in padded.items()}
+    np.savez(tmp_path / "pt.npz", **arrays)
+    still = {"learning_rate": 0.0, "final_learning_rate": 0.0, "num_steps": 1}
+    config = debug_config(init_from=str(tmp_path / "pt.npz"), **still)
+    state = trees.flatten(run(config, tmp_path / "run").params)
+    fresh = len(flat) - len(known)
+    told = f"{len(known)} arrays loaded, {fresh} newly initialised"
+    assert told in capsys.readouterr().out
+    for path, array in known.items():
+        np.testing.assert_array_equal(state[path], array)
+
+
 def test_init_from_of_another_shape_names_the_key(straight, tmp_path):
     config = debug_config(init_from=str(straight / "4"))
     config.model.action_dim = 9

@@ -70,3 +70,21 @@ def test_donating_the_first_state_frees_no_buffer_twice():
     assert start.params["w"].unsafe_buffer_pointer() != (
         start.ema_params["w"].unsafe_buffer_pointer()
     )
+
+
+def test_no_gradient_of_what_is_frozen_is_computed():
+    """Its gradient would be infinite here, and so would the norm of all."""
+    params = {"w": jnp.ones(4), "fixed": jnp.zeros(())}
+
+    def loss_fn(params, batch, key):
+        del key
+        return jnp.sum((params["w"] - batch) ** 2) + jnp.sqrt(params["fixed"]), {}
+
+    optimizer = optimizers.freeze(OPTIMIZER, params, ("fixed",))
+    after, metrics = state.update(
+        state.init(params, optimizer, ema=False), jnp.zeros(4), jax.random.key(0), 0.1,
+        loss_fn=loss_fn, optimizer=optimizer, frozen=("fixed",),
+    )  # fmt: skip
+    assert float(metrics["grad_norm"]) == pytest.approx(4.0)  # of 2 w
+    assert float(after.params["fixed"]) == 0
+    assert (np.asarray(after.params["w"]) < 1).all()
