@@ -31,9 +31,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "quantiles": False,
                 "state_key": "observation.state",
                 "action_key": "action",
-                # {camera of the model: picture feature of the dataset}; "" is none yet.
+                # {camera of the model: picture feature of the dataset, or "absent" where the robot
+                # has no such camera}; "" is neither yet.
                 "cameras": {},
-                "mask_cameras": False,  # go on as if every camera of the model were absent
                 # paligemma, or the path of its SentencePiece .model; for small models bytes, or
                 # words: a token each.
                 "tokenizer": "bytes",
@@ -163,7 +163,8 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.train.update({"batch_size": 4, "num_steps": 4, "warmup_steps": 2, "decay_steps": 4})
     config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
     config.mix.num_iterations = 20
-    config.data.update({"asset_id": "", "path": str(PUSHT), "mask_cameras": True})
+    config.data.update({"asset_id": "", "path": str(PUSHT)})
+    config.data.cameras = dict.fromkeys(config.model.image_keys, "absent")
     config.data.update({"state_key": "observation.state", "action_key": "action"})
     config.data.tokenizer = "words"  # prompts of so few tokens
     config.data.default_prompt = config.train.init_from = ""

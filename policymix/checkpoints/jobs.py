@@ -5,7 +5,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ def spans(by_path, inputs, dtypes, sink) -> Iterator[Span]:
             and _same(coefficients, by_path[alike[-1]])
             and sink.precedes(alike[-1], path)
             and all(flat[alike[-1]].precedes(flat[path]) for flat in inputs)
-            and all(_floating(flat[path].dtype) for flat in inputs)
+            and all(is_floating(flat[path].dtype) for flat in inputs)
         ):
             yield _span(alike, by_path, inputs, dtypes)
             alike = []
@@ -75,7 +75,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 @functools.cache
-def _floating(dtype: np.dtype) -> bool:
+def is_floating(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, np.floating)
 
 
@@ -112,6 +112,12 @@ def split(span: Span, sink) -> Iterator[Job]:
         begin = 0
     for start in range(begin, max(size, 1), length):
         yield Job(span, start, min(start + length, size), unit)
+
+
+def plan(by_path, inputs, dtypes, sink) -> list[Job]:
+    """All jobs, long ones first, so that the last to end are short. Arguments as of `spans`."""
+    jobs = [job for span in spans(by_path, inputs, dtypes, sink) for job in split(span, sink)]
+    return sorted(jobs, key=lambda job: job.start - job.stop)
 
 
 def _multiple(size: int, of: int) -> int:
@@ -159,7 +165,7 @@ def sum_of(n: int, dtype: np.dtype, size: int = 0) -> blocks.Sum:
     return sums[n, dtype, length]
 
 
-def _buffer(name: str, size: int, dtype: np.dtype) -> np.ndarray:
+def buffer(name: str, size: int, dtype: np.dtype) -> np.ndarray:
     """[size] of the worker's own memory: fresh pages cost as much as the arithmetic."""
     held = _scratch.__dict__.setdefault("buffers", {})
     if name not in held or held[name].nbytes < size * dtype.itemsize:
@@ -168,11 +174,11 @@ def _buffer(name: str, size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def run_all(
-    jobs: Sequence[Job], sink, names, progress, num_workers: int
-) -> list[tuple[np.ndarray, float]]:
-    """Does all jobs, in their order; each one's share of the Gram matrix and of ‖θ_0‖².
+    jobs: Sequence[Job], run: Callable[[Job, threading.Event], Any], num_workers: int
+) -> list[Any]:
+    """Does all jobs, in their order, and returns what `run` made of each.
 
-    The first error ends it.
+    The first error ends it: `run` is told by the event.
     """
     shares: list[Any] = [None] * len(jobs)
     stopped, numbers = threading.Event(), iter(range(len(jobs)))
@@ -182,7 +188,7 @@ def run_all(
             for number in numbers:  # which the workers share
                 if stopped.is_set():
                     return
-                shares[number] = _run(jobs[number], sink, names, progress, stopped)
+                shares[number] = run(jobs[number], stopped)
         except BaseException:
             stopped.set()
             raise
@@ -198,10 +204,10 @@ def run_all(
     return shares
 
 
-def _run(job: Job, sink, names, progress, stopped) -> tuple[np.ndarray, float]:
-    """Does one job."""
+def run(job: Job, stopped: threading.Event, *, sink, names, progress) -> tuple[np.ndarray, float]:
+    """Mixes one job; its share of the Gram matrix and of ‖θ_0‖²."""
     span, sample = job.span, _Sample(job)
-    floating = all(_floating(leaf.dtype) for leaf in span.inputs)
+    floating = all(is_floating(leaf.dtype) for leaf in span.inputs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))  # what is not finite is told by name
         readers = [stack.enter_context(leaf.opened()) for leaf in span.inputs]
@@ -209,7 +215,7 @@ def _run(job: Job, sink, names, progress, stopped) -> tuple[np.ndarray, float]:
             add = _Copied(span, readers, names)
         else:
             add = (_InTurn if _in_turn(span) else _Together)(span, readers, sample)
-        out = _buffer("out", min(job.unit, job.stop - job.start), span.dtype)
+        out = buffer("out", min(job.unit, job.stop - job.start), span.dtype)
         for start in range(job.start, job.stop, job.unit):
             if stopped.is_set():
                 break
@@ -287,17 +293,17 @@ class _Together:
 
     def _fill_rows(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
         size, n = len(out), len(self._readers)
-        rows = _buffer("rows", n * size, self._wide).reshape(n, size)
+        rows = buffer("rows", n * size, self._wide).reshape(n, size)
         for k, (reader, leaf) in enumerate(zip(self._readers, self._span.inputs, strict=True)):
             if leaf.dtype == self._wide:
                 reader.read(start, rows[k])
             else:
-                raw = _buffer("raw", size, leaf.dtype)
+                raw = buffer("raw", size, leaf.dtype)
                 reader.read(start, raw)
                 rows[k] = blocks.widen(raw, self._wide)
             self._sample.take(k, rows[k])
         in_place = out.dtype == self._wide
-        total = out if in_place else _buffer("total", size, self._wide)
+        total = out if in_place else buffer("total", size, self._wide)
         np.einsum("k,kb->b", self._coefficients, rows, out=total)
         if not in_place:
             blocks.round_into(total, out)
@@ -315,12 +321,12 @@ class _InTurn:
     def fill(self, start: int, out: np.ndarray) -> tuple[np.ndarray, bool]:
         """The block of the mix from `start` on, in `out`; whether it is finite."""
         in_place = out.dtype == self._wide
-        total = out if in_place else _buffer("total", len(out), self._wide)
+        total = out if in_place else buffer("total", len(out), self._wide)
         pieces = [slice(at, at + STEP) for at in range(0, len(out), STEP)]
         for k, (reader, leaf) in enumerate(zip(self._readers, self._span.inputs, strict=True)):
             for piece in pieces:
                 part = total[piece]
-                raw = _buffer("raw", len(part), leaf.dtype)
+                raw = buffer("raw", len(part), leaf.dtype)
                 reader.read(start + piece.start, raw)
                 values = blocks.widen(raw, self._wide)
                 self._sample.take(k, values)

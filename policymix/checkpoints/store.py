@@ -7,7 +7,7 @@ training `STEP/train_state`. Inside the library a tree is a nested dict.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -73,11 +73,18 @@ class Checkpoint:
         return conversions.tree_of(self.leaves, naming, self.name, siglip_heads)
 
 
-def open_checkpoint(path: str | os.PathLike, *, merge_lora: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike,
+    *,
+    merge_lora: bool = False,
+    lora_scale: Callable[[str], float] = lambda path: 1.0,
+) -> Checkpoint:
     """Reads a checkpoint's headers; no array is read.
 
     Args:
       merge_lora: low-rank updates are added to their weights as they are read.
+      lora_scale: alpha / rank of an attention weight's update, by its path; OpenPI's variants have
+        1.
 
     Raises:
       FileNotFoundError, ValueError: nothing there, no checkpoint, or damaged.
@@ -86,7 +93,7 @@ def open_checkpoint(path: str | os.PathLike, *, merge_lora: bool = False) -> Che
     if place.kind == "orbax":
         found, lora = items.open_item(place.params), 0
         if merge_lora:
-            found, lora = conversions.merge_lora(found, name)
+            found, lora = conversions.merge_lora(found, name, lora_scale)
         return Checkpoint(name, place, "orbax", found, lora=lora)
     if place.kind == "npz":
         return Checkpoint(name, place, "orbax", npz.open_archive(place.params))

@@ -7,6 +7,7 @@ how large the checkpoints are, nor on how many there are. The same pass measures
 lie apart.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -106,15 +107,10 @@ def mix(
         key. Whatever was written until then is not to be used.
     """
     by_path = trees.coefficients_by_path(coefficients, list(inputs[0]), len(inputs))
-    jobs = [
-        job
-        for span in jobs_lib.spans(by_path, inputs, dtypes, sink)
-        for job in jobs_lib.split(span, sink)
-    ]
-    # Long ones first, so that the last to end are short.
-    jobs.sort(key=lambda job: job.start - job.stop)
+    jobs = jobs_lib.plan(by_path, inputs, dtypes, sink)
     workers = num_workers or min(processes.num_cores(), _WORKERS)
-    shares = jobs_lib.run_all(jobs, sink, names, progress, workers)
+    run = functools.partial(jobs_lib.run, sink=sink, names=names, progress=progress)
+    shares = jobs_lib.run_all(jobs, run, workers)
     # In the order of the jobs, so that the same mix has the same numbers.
     gram, square_norm = np.zeros((len(inputs),) * 2), 0.0
     for job_gram, job_norm in shares:

@@ -157,3 +157,21 @@ def _by_file(dataset: lerobot.Dataset, key: str) -> Iterator[list[bytes]]:
             )
         yield pictures
         first += len(pictures)
+
+
+def read_file(path: os.PathLike, resolution: tuple[int, int]) -> np.ndarray:
+    """A picture file in the model's resolution: uint8 [hh, ww, 3], stretched bicubically to it, as
+    PaliGemma's own processor does.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is damaged or no picture.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the picture {path} does not exist")
+    try:
+        with Image.open(path) as image:
+            height, width = resolution
+            scaled = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            return np.asarray(scaled)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error

@@ -4,7 +4,7 @@ Sources: π0 (arXiv:2410.24164), π0.5 (arXiv:2504.16054), OpenPI and open-pi-ze
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from policymix.models import siglip, variants
@@ -112,3 +112,19 @@ class Pi0Config:
     def sigma_min(self) -> float:
         """Noise that is left at the end of the path."""
         return 1e-3 if self.open_pi_zero else 0.0
+
+    def seeing(self, cameras: Container[str]) -> "Pi0Config":
+        """The same policy where only these of its cameras are there.
+
+        What it computes from the same parameters is what it computes with the others masked: tokens
+        of absent cameras are seen by nothing and take no positions. Without them the sequence is
+        shorter. The parameter tree stays that of the whole policy.
+        """
+        kept = tuple(camera for camera in self.image_keys if camera in cameras)
+        return dataclasses.replace(self, image_keys=kept)
+
+    def without_lora(self) -> "Pi0Config":
+        """The policy that is left when low-rank updates are merged into their weights."""
+        names = ("paligemma_variant", "action_expert_variant")
+        plain = {n: dataclasses.replace(getattr(self, n), lora=None) for n in names}
+        return dataclasses.replace(self, **plain)

@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
-from policymix import structs
-from policymix.models import flow, lora
+from policymix import structs, trees
+from policymix.models import flow, lora, recognize
 from policymix.models.config import OPENPI_CAMERAS, Pi0Config
 from policymix.models.network import Pi0, attention_mask
 from policymix.structs import Array, Observation, Params, typechecked
@@ -38,12 +39,16 @@ def example_observation(config: Pi0Config, batch_size: int = 1) -> Observation:
 
 
 def check_observation(config: Pi0Config, observation: Observation) -> None:
-    """ValueError naming what the network expects and what it was given. Looks at shapes only."""
+    """ValueError naming what the network expects and what it was given.
+
+    Shapes and dtypes are always looked at; values only where they are numpy's, since looking at a
+    device's would wait for it.
+    """
     batch_size = observation.proprio.shape[0]
 
-    def require(what, found, expected):
+    def require(what, found, expected, hint=""):
         if found != expected:
-            raise ValueError(f"observation: {what} is {found}, the model expects {expected}")
+            raise ValueError(f"observation: {what} is {found}, the model expects {expected}{hint}")
 
     require(
         "the shape of proprio", tuple(observation.proprio.shape), (batch_size, config.proprio_dim)
@@ -52,10 +57,16 @@ def check_observation(config: Pi0Config, observation: Observation) -> None:
         if name not in observation.images or name not in observation.image_masks:
             raise ValueError(
                 f"observation: camera {name!r} or its mask is missing; there are "
-                f"{list(observation.images)}"
+                f"{list(observation.images)}. Of a robot without that camera the model is "
+                "config.seeing(its cameras)"
             )
-        expected = (batch_size, *config.image_resolution, 3)
-        require(f"the shape of image {name!r}", tuple(observation.images[name].shape), expected)
+        image, expected = observation.images[name], (batch_size, *config.image_resolution, 3)
+        require(f"the shape of image {name!r}", tuple(image.shape), expected, _hint(image.shape))
+        if image.dtype != np.uint8 and not jnp.issubdtype(image.dtype, np.floating):
+            raise ValueError(
+                f"observation: image {name!r} has dtype {image.dtype}; expected uint8 in 0..255, "
+                "or floats in [-1, 1]"
+            )
         mask = tuple(observation.image_masks[name].shape)
         require(f"the shape of the mask of image {name!r}", mask, (batch_size,))
     for name in ("prompt_tokens", "prompt_mask") if config.max_token_len else ():
@@ -63,6 +74,41 @@ def check_observation(config: Pi0Config, observation: Observation) -> None:
             raise ValueError(f"observation: {name} is missing (max_token_len 0 leaves prompts out)")
         found = tuple(getattr(observation, name).shape)
         require(f"the shape of {name}", found, (batch_size, config.max_token_len))
+    _check_values(config, observation)
+
+
+def _hint(shape: tuple[int, ...]) -> str:
+    """What most often lies behind a picture of this shape."""
+    if len(shape) == 3:
+        return ": a batch of one is image[None]"
+    return ": channels come last" if len(shape) == 4 and shape[1] == 3 != shape[3] else ""
+
+
+def _check_values(config: Pi0Config, observation: Observation) -> None:
+    proprio, tokens = observation.proprio, observation.prompt_tokens
+    if isinstance(proprio, np.ndarray) and not np.isfinite(proprio).all():
+        row, dim = np.argwhere(~np.isfinite(proprio))[0]
+        raise ValueError(
+            f"observation: proprio {dim} of example {row} is {proprio[row, dim]}: a sensor that "
+            "gave no number, or a normalisation that divides by nothing"
+        )
+    for name in config.image_keys:
+        image = observation.images[name]
+        if isinstance(image, np.ndarray) and image.dtype != np.uint8 and image.size:
+            largest = np.abs(image).max()
+            if not largest <= 1.01:
+                raise ValueError(
+                    f"observation: image {name!r} reaches {largest:.4g}; floats lie in [-1, 1]: "
+                    "give uint8, or x / 127.5 - 1"
+                )
+    if not config.max_token_len or not isinstance(tokens, np.ndarray):
+        return
+    lowest, highest = tokens.min(initial=0), tokens.max(initial=0)
+    if lowest < 0 or highest >= config.vocab_size:
+        raise ValueError(
+            f"observation: prompt_tokens reach from {lowest} to {highest}, the vocabulary has "
+            f"{config.vocab_size}: they are another tokenizer's"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,13 +122,23 @@ def init(config: Pi0Config, key: jax.Array) -> dict[str, Any]:
 
 def shapes(config: Pi0Config) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`s."""
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return trees.unflatten(_flat_shapes(config))
+
+
+@functools.cache
+def _flat_shapes(config: Pi0Config) -> dict[str, jax.ShapeDtypeStruct]:
+    return trees.flatten(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
 
 
 def freeze(config: Pi0Config) -> tuple[str, ...]:
     """Regexes of the parameters that OpenPI keeps fixed beside low-rank updates; () without any."""
     sizes = config.paligemma_variant, config.action_expert_variant
     return lora.freeze(*(size.lora for size in sizes))
+
+
+def check_params(config: Pi0Config, params: Params, name: str = "params") -> None:
+    """ValueError where parameters lack what the model needs; the message says whose they are."""
+    recognize.check(shapes(config), params, name, whole=False)
 
 
 def _apply(config: Pi0Config, params: Params, *args, method=None):
@@ -99,6 +155,7 @@ def velocity(
 ) -> Float[Array, "b h a"]:
     """The velocity v_t at x_t: the direction from data to noise (noise is t = 1)."""
     check_observation(config, observation)
+    check_params(config, params)
     return _apply(config, params, observation, x_t, t)
 
 
@@ -148,7 +205,6 @@ def _noise_and_times(
     return noise, flow.sample_time(time_key, batch.actions.shape[0], config.time_sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_flow_steps"))
 @typechecked
 def sample_actions(
     config: Pi0Config,
@@ -167,6 +223,13 @@ def sample_actions(
       noise: [b, h, a], or [b, n, h, a] for n samples of each observation.
     """
     check_observation(config, observation)
+    return _sample(config, params, observation, noise, num_flow_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_flow_steps"))
+def _sample(
+    config: Pi0Config, params: Params, observation: Observation, noise, num_flow_steps: int
+):
     x_1 = noise.reshape(-1, *noise.shape[-2:])
     velocity, constants = cached_velocity(config, params, observation, len(x_1), num_flow_steps)
     actions = flow.integrate(velocity, x_1, num_flow_steps, constants)
@@ -180,6 +243,7 @@ def cached_velocity(
 
     Encodes the prefix of each observation once, for b / b_observations samples of it.
     """
+    check_params(config, params)
     cache, valid = _apply(config, params, observation, method=Pi0.encode_prefix)
     proprio = jnp.repeat(observation.proprio, b // len(observation.proprio), axis=0)
     repeated = observation.replace(proprio=proprio)

@@ -32,7 +32,6 @@ def weights(
     return jnp.where(i < delay, 1.0, c * jnp.expm1(c) / jnp.expm1(1.0))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_flow_steps"))
 @typechecked
 def continue_actions(
     config: Pi0Config,
@@ -60,6 +59,15 @@ def continue_actions(
       max_guidance: β.
     """
     pi0.check_observation(config, observation)
+    numbers = delay, replan_steps, max_guidance
+    return _continue(config, params, observation, noise, previous, numbers, num_flow_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_flow_steps"))
+def _continue(
+    config: Pi0Config, params, observation, noise, previous, numbers, num_flow_steps: int
+):
+    delay, replan_steps, max_guidance = numbers
     held = weights(noise.shape[1], delay, replan_steps)[None, :, None]
     velocity, constants = pi0.cached_velocity(
         config, params, observation, len(noise), num_flow_steps

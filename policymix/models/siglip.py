@@ -65,6 +65,15 @@ def size(variant: str | Size | Mapping[str, int], depth: int | None = None) -> S
     return Size(width, layers if depth is None else depth, mlp_dim, num_heads, int(patch))
 
 
+def named(size: Size) -> tuple[str | Size, int | None]:
+    """What `size` takes for these numbers: a variant and, where it is not its own, the depth."""
+    numbers = dataclasses.astuple(size)
+    for letter, (width, depth, *rest) in _SIZES.items():
+        if (width, *rest) == (numbers[0], *numbers[2:4]):
+            return f"{letter}/{size.patch}", None if depth == size.depth else size.depth
+    return size, None
+
+
 class MlpBlock(nn.Module):
     """Dense, tanh-approximated GELU, Dense."""
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
+from policymix.models import pi0
 from policymix.models.config import Pi0Config
 from policymix.models.network import Pi0, attention_mask
 from policymix.structs import Array, Observation, Params, typechecked
@@ -17,7 +18,6 @@ from policymix.structs import Array, Observation, Params, typechecked
 EOS_ID = 1  # PaliGemma's
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos_id"))
 @typechecked
 def generate(
     config: Pi0Config,
@@ -41,9 +41,15 @@ def generate(
     Returns:
       (tokens, 0 from the end on; whether each stands before the end).
     """
-    if key is None:
-        key = jax.random.key(0)
+    pi0.check_observation(config, observation)
+    key = jax.random.key(0) if key is None else key
+    return _generate(config, params, observation, temperature, key, max_new_tokens, eos_id)
 
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos_id"))
+def _generate(
+    config: Pi0Config, params, observation, temperature, key, max_new_tokens: int, eos_id: int
+):
     def run(*args, **kwargs):
         return Pi0(config).apply({"params": params}, *args, **kwargs)
 

@@ -65,6 +65,11 @@ def size(variant: str | Size | Mapping[str, Any]) -> Size:
     return Size(**variant)
 
 
+def named(size: Size) -> str | Size:
+    """The name of the variant of these numbers, or the numbers."""
+    return next((name for name, known in _SIZES.items() if known == size), size)
+
+
 def check_joint(sizes: Sequence[Size]) -> None:
     """ValueError if these experts cannot attend jointly."""
     shared = [(s.depth, s.num_heads, s.num_kv_heads, s.head_dim) for s in sizes]

@@ -7,8 +7,8 @@ import ml_collections
 from policymix import files
 from policymix.checkpoints import assets
 from policymix.data import validation
+from policymix.runs import encoding, policies
 from policymix.runs import pipeline as pipeline_lib
-from policymix.runs import policies
 
 
 def dump(
@@ -40,6 +40,10 @@ def dump(
     dataset, episodes = pipeline.sources[0].dataset, pipeline.sources[0].held_out_episodes
     selection, held_out = pipeline.validation(
         batch_size=config.train.batch_size, num_batches=num_batches, held_out=config.mix.held_out
+    )
+    selection, held_out = (
+        [b.replace(observation=encoding.masked(model, b.observation)) for b in batches]
+        for batches in (selection, held_out)
     )
     meta = {
         "path": str(dataset.path),

@@ -14,14 +14,16 @@ from policymix.models import pi0
 from policymix.structs import Batch, Observation
 from policymix.transforms import normalize, prompts
 
+ABSENT = "absent"  # what config.data.cameras says of a camera that the robot does not have
+
 
 class Encoder:
     """Raw examples → batches, sampled actions → raw ones.
 
     Attributes:
       model: the network's configuration; norm_stats: {"state", "actions"}.
-      cameras: {camera of the model: picture feature of the dataset}; empty where
-        config.data.mask_cameras lets them all be absent.
+      cameras: {camera of the model: picture feature of the dataset}, without absent ones.
+      seen: the model with these cameras alone: what computes on encoded observations.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Encoder:
         norm_stats: normalize.Stats,
     ):
         self.model, self.norm_stats, self.cameras = model, norm_stats, cameras(model, data)
+        self.seen = model.seeing(self.cameras)
         self._quantiles = data.quantiles
         self._tokenizer = _tokenizer(model, data.tokenizer)
         self._prompts: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # few, and met at every step
@@ -44,13 +47,8 @@ class Encoder:
         """
         state = self._normalized(raw["state"], "state")
         tokens, mask = self._tokens(raw["prompt"], state) if self._tokenizer else (None, None)
-        size, images, masks = len(state), {}, {}
-        for camera in self.model.image_keys:
-            masks[camera] = np.full(size, camera in self.cameras)
-            if camera in self.cameras:
-                images[camera] = self._picture(raw["images"][camera], camera)
-            else:
-                images[camera] = np.zeros((size, *self.model.image_resolution, 3), np.uint8)
+        images = {camera: self._picture(raw["images"][camera], camera) for camera in self.cameras}
+        masks = {camera: np.ones(len(state), bool) for camera in self.cameras}
         return Observation(images, masks, _pad(state, self.model.proprio_dim), tokens, mask)
 
     def batch(self, raw: Mapping[str, Any]) -> Batch:
@@ -65,7 +63,13 @@ class Encoder:
         return normalize.unnormalize(kept, stats, use_quantiles=self._quantiles).astype(np.float32)
 
     def _normalized(self, values: np.ndarray, key: str) -> np.ndarray:
-        stats = self.norm_stats[key]
+        stats, values = self.norm_stats[key], np.asarray(values)
+        if not np.isfinite(values).all():
+            *example, dim = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+            raise ValueError(
+                f"{key!r} of a robot holds {values[(*example, dim)]} in dimension {dim} of "
+                f"example {example[0]}: a sensor that gave no number, or data that was not recorded"
+            )
         return normalize.normalize(values, stats, use_quantiles=self._quantiles).astype(np.float32)
 
     def _tokens(self, texts, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +85,11 @@ class Encoder:
 
     def _picture(self, images: np.ndarray, camera: str) -> np.ndarray:
         expected = (*self.model.image_resolution, 3)
+        if images.dtype != np.uint8:
+            raise ValueError(
+                f"pictures of {self.cameras[camera]!r} have dtype {images.dtype}; expected uint8 "
+                "in 0..255"
+            )
         if images.shape[1:] != expected:
             raise ValueError(
                 f"pictures of {self.cameras[camera]!r} are {images.shape[1:]}, "
@@ -90,9 +99,10 @@ class Encoder:
 
 
 def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, str]:
-    """{camera of the model: picture feature}. ValueError for one that has none."""
-    if data.mask_cameras:
-        return {}
+    """{camera of the model: picture feature}, without those that are said to be absent.
+
+    ValueError for a camera of which nothing is said.
+    """
     named = {camera: feature for camera, feature in data.cameras.items() if feature}
     if unknown := sorted(set(named) - set(model.image_keys)):
         near = difflib.get_close_matches(unknown[0], model.image_keys, n=1)
@@ -103,10 +113,21 @@ def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, 
     if lacking := [camera for camera in model.image_keys if camera not in named]:
         raise ValueError(
             f"config.model.image_keys names the cameras {lacking}, and config.data.cameras says of "
-            "no picture feature that it is theirs; name it there, set config.model.image_keys to "
-            "(), or config.data.mask_cameras=True to go on as if every camera were absent"
+            "no picture feature that it is theirs: name it, as --config.data.cameras."
+            f"{lacking[0]}=FEATURE, or say =absent where the robot has no such camera"
         )
-    return {camera: named[camera] for camera in model.image_keys}
+    return {c: named[c] for c in model.image_keys if named[c] != ABSENT}
+
+
+def masked(model: pi0.Pi0Config, observation: Observation) -> Observation:
+    """An observation with every camera of the model: absent ones are black and masked."""
+    size, images, masks = len(observation.proprio), {}, {}
+    for camera in model.image_keys:
+        there = camera in observation.images
+        black = np.zeros((0 if there else size, *model.image_resolution, 3), np.uint8)
+        images[camera] = observation.images[camera] if there else black
+        masks[camera] = observation.image_masks[camera] if there else np.zeros(size, bool)
+    return observation.replace(images=images, image_masks=masks)
 
 
 def _tokenizer(model: pi0.Pi0Config, name: str) -> tokenizer.ByteTokenizer | None:

@@ -15,7 +15,7 @@ from policymix.checkpoints import assets, streaming
 from policymix.checkpoints.leaves import Leaf
 from policymix.data.validation import Validation
 from policymix.mixing import objective as objective_lib
-from policymix.models import pi0
+from policymix.models import pi0, recognize
 from policymix.runs import policies
 from policymix.runs.inputs import Inputs
 from policymix.structs import LossFn, Params
@@ -42,8 +42,14 @@ class Judge:
         self.warnings: list[str] = []
         self.mesh = sharding.mesh(fsdp_devices) if fsdp_devices > 1 else None
         self.examples: dict[tuple[str, str], np.ndarray] = {}
-        self._loss_fn = _loss_fn(model)
-        self._residual_fn = policies.residual_fn(model)
+        # Cameras that are masked in every batch are not computed: losses are the same.
+        masked = [
+            {camera for camera, mask in batch.observation.image_masks.items() if not np.any(mask)}
+            for batch in (*validation.selection, *validation.held_out)
+        ]
+        absent = set.intersection(*masked)
+        seen = model.seeing([camera for camera in model.image_keys if camera not in absent])
+        self._loss_fn, self._residual_fn = _loss_fn(seen), policies.residual_fn(seen)
         keys = jax.random.split(jax.random.key(seed))
         self._sets = {
             "selection": (validation.selection, keys[0]),
@@ -54,7 +60,7 @@ class Judge:
         """ValueError if the model of the config is not that of the checkpoint, or the batches do
         not fit it.
         """
-        trees.check_same(pi0.shapes(self.model), header, names=("config.model", name))
+        recognize.check(pi0.shapes(self.model), header, name)
         for number, batch in enumerate([*self.validation.selection, *self.validation.held_out]):
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
             expected = (self.model.action_horizon, self.model.action_dim)

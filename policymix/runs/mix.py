@@ -23,7 +23,9 @@ from policymix.reports import mixes, tables
 from policymix.runs import advice, landscapes, policies, repeats, requests, searches
 from policymix.runs import inputs as inputs_lib
 from policymix.runs import judge as judge_lib
+from policymix.runs.beside import Beside
 from policymix.runs.requests import Request
+from policymix.transforms import normalize
 
 
 def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
@@ -117,13 +119,23 @@ class Task:
             given = requests.interpolated(self.request.ratios[0], num_finetuned, self.groups)
         elif self.groups:
             given = dict.fromkeys(self.groups.values(), given)
-        if stats := self.norm_stats(given):
-            self.inputs.output.check_stats(stats[1])
-        self.inputs.dtypes(self.config.mix.dtype, of_base=False)
+        stats, dtypes = self.norm_stats(given), self.dtypes()
+        self.beside(stats[1] if stats else None, dtypes).check()
         if self.request.landscape and self.judge is None:
             raise ValueError("--landscape needs validation batches: pass --validation=FILE.npz")
         if self.request.landscape:
             landscapes.check(len(self.inputs.mixed))
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """The mix's dtype, by path."""
+        of_base = self.method == "interpolate"
+        return self.inputs.dtypes(self.config.mix.dtype, of_base=of_base)
+
+    def beside(self, stats: normalize.Stats | None, dtypes: Mapping[str, np.dtype]) -> Beside:
+        """The small files beside the mix."""
+        config, kinds = self.config, {str(dtype) for dtype in dtypes.values()}
+        model = policies.model_config(config, why="a policy") if config.model else None
+        return Beside(self.inputs.output, model, config.data, stats, kinds)
 
     def norm_stats(self, coefficients) -> tuple[str, Any] | None:
         """(asset id, the mix's normalisation); None where the inputs have none."""
@@ -230,7 +242,7 @@ def _write(
 ) -> dict[str, Any]:
     """Mixes into a directory in the making; returns `told` and what only the mix can tell."""
     inputs, output = task.inputs, task.inputs.output
-    dtypes = inputs.dtypes(task.config.mix.dtype, of_base=task.method == "interpolate")
+    dtypes = task.dtypes()
     shapes = {path: (leaf.shape, dtypes[path]) for path, leaf in inputs.leaves[0].items()}
     stats = task.norm_stats(coefficients)
     directory.mkdir(exist_ok=True)
@@ -241,6 +253,7 @@ def _write(
                 inputs.leaves, coefficients, inputs.names, sink, dtypes, progress=shown.step
             )
         output.finish(directory, sink, list(shapes), stats)
+    task.beside(stats[1] if stats else None, dtypes).write(directory)
     _write_trainings(task, output.assets(directory), stats[0] if stats else "mixed")
     report = dict(told) | {
         "coefficients": requests.named_coefficients(coefficients, task.groups),
@@ -330,8 +343,8 @@ def _print_plan(task: Task) -> None:
             print(f"  WARNING: {warning}")
     output = task.inputs.output
     print(f"  output {task.request.output} ({output.format})")
-    if output.like is None and output.format.startswith("lerobot"):
-        print("  no input has LeRobot's config.json: put that of such a policy beside the output")
+    if lacking := task.beside(None, task.dtypes()).note():
+        print(f"  {lacking}")
 
 
 def _count(names: Sequence[str]) -> dict[str, int]:

@@ -8,8 +8,8 @@ import numpy as np
 from policymix import files
 from policymix.checkpoints import assets
 from policymix.reports import tables
+from policymix.runs import encoding, policies
 from policymix.runs import pipeline as pipeline_lib
-from policymix.runs import policies
 from policymix.transforms import normalize
 
 _CONSTANT = 1e-12  # a deviation below this fraction of the mean is rounding alone
@@ -43,7 +43,8 @@ def write(
             "lower it"
         )
     config.data.norm_stats = config.train.init_from = ""
-    config.data.mask_cameras = True  # statistics need no pictures
+    # Statistics need no pictures.
+    config.data.cameras = dict.fromkeys(model.image_keys, encoding.ABSENT)
     pipeline = pipeline_lib.Pipeline(config, model)
     stats = pipeline.norm_stats
     print(describe(stats))

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from policymix import trees
+from policymix import metrics
 from policymix.checkpoints import assets, store
-from policymix.models import pi0
+from policymix.checkpoints.leaves import Leaf
+from policymix.models import pi0, recognize
 from policymix.runs import encoding
 from policymix.structs import LossFn, Observation, Params
 
@@ -30,6 +31,21 @@ def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Confi
             f"config.model has unknown fields {unknown}; Pi0Config has {sorted(known)}"
         )
     return pi0.Pi0Config(**fields)
+
+
+def read_params(header: Mapping[str, Any], dtype: str) -> Params:
+    """Reads leaves one by one, each put on the device in `dtype` before the next is read."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(header))
+    with metrics.Progress("reading", total, lines=0) as shown:
+
+        def read(leaf: Leaf) -> jax.Array:
+            array = leaf.read()
+            floating = jnp.issubdtype(array.dtype, np.floating)
+            placed = jax.device_put(array.astype(dtype) if floating else array)
+            shown.step(leaf.size)
+            return placed
+
+        return jax.tree.map(read, dict(header))
 
 
 @functools.cache
@@ -62,7 +78,7 @@ class Policy:
         """
         self.name, self.model = checkpoint, model
         self.header = store.open_params(checkpoint)
-        trees.check_same(pi0.shapes(model), self.header, names=("config.model", checkpoint))
+        recognize.check(pi0.shapes(model), self.header, checkpoint)
         found = assets.norm_stats_of(checkpoint, config.data.asset_id or None)
         if found is None:
             raise ValueError(
@@ -98,7 +114,7 @@ class Policy:
             on these two alone, so every policy meets the same.
         """
         sampled = _sample(
-            self.model,
+            self.encoder.seen,
             self.load(),
             self.encoder.observation(raw),
             jnp.asarray(seeds, jnp.uint32),

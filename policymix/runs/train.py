@@ -14,7 +14,7 @@ import ml_collections
 
 from policymix import files, memory, metrics, sharding, trees
 from policymix.checkpoints import assets, keymaps, leaves, series, store
-from policymix.models import lora, pi0
+from policymix.models import lora, pi0, recognize
 from policymix.runs import pipeline as pipeline_lib
 from policymix.runs import policies
 from policymix.training import optimizers
@@ -60,7 +60,8 @@ def train(
     like = jax.eval_shape(start, shapes)
     places = sharding.parameters(mesh, like)
     _print_plan(config, model, pipeline, like, mesh, workdir)
-    loss_fn = policies.loss_fn(model)
+    seen = pipeline.encoder.seen
+    loss_fn = policies.loss_fn(seen)
     filled = None if resumed else _fill(config, like)
     if dry_run:
         jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
@@ -82,7 +83,7 @@ def train(
             params = _initial_params(filled, model, like, places, key)
             state = jax.jit(start, out_shardings=places)(params)
         step_fn = _compiled(
-            model, mesh, *_optimizer_settings(config, model), config.train.ema_decay
+            model, seen, mesh, *_optimizer_settings(config, model), config.train.ema_decay
         )
         ancestor = resumed or config.train.init_from
         inherited = assets.trainings_of(ancestor) if ancestor else []
@@ -191,19 +192,22 @@ def _optimizer(
 @functools.cache
 def _compiled(
     model: pi0.Pi0Config,
+    seen: pi0.Pi0Config,
     mesh: jax.sharding.Mesh,
     weight_decay: float,
     clip_norm: float,
     freeze: tuple[str, ...],
     ema_decay: float,
 ):
-    """The jitted step; runs of one process that differ in data or learning rate share it."""
+    """The jitted step; runs of one process that differ in data or learning rate share it. `seen` is
+    the model with the cameras that are there.
+    """
     optimizer = _optimizer(model, weight_decay, clip_norm, freeze)
     start = functools.partial(state_lib.init, optimizer=optimizer, ema=ema_decay > 0)
     places = sharding.parameters(mesh, jax.eval_shape(start, pi0.shapes(model)))
     step_fn = functools.partial(
         state_lib.update,
-        loss_fn=policies.loss_fn(model),
+        loss_fn=policies.loss_fn(seen),
         optimizer=optimizer,
         ema_decay=ema_decay,
         frozen=frozenset(optimizers.frozen_paths(pi0.shapes(model), freeze)),
@@ -246,7 +250,11 @@ def _fill(config: ml_collections.ConfigDict, like: TrainState) -> trees.Filled |
     if "action_in_proj" not in header:  # a PaliGemma, whose vocabulary may be padded
         may_miss += keymaps.NOT_PALIGEMMA
         header = _without_padding(header, like.params)
-    filled = trees.fill(like.params, header, may_miss=tuple(may_miss))
+    try:
+        filled = trees.fill(like.params, header, may_miss=tuple(may_miss))
+    except ValueError as error:
+        kind = recognize.describe(header)
+        raise ValueError(f"{config.train.init_from} holds {kind}; {error}") from error
     print(
         f"from {config.train.init_from}: {len(filled.loaded)} arrays loaded, {len(filled.fresh)} "
         f"newly initialised{_some(filled.fresh)}, {len(filled.ignored)} "

@@ -187,7 +187,7 @@ def test_a_policy_goes_to_pytorch_and_back_bit_for_bit(tmp_path, model, naming):
 
 def test_another_model_is_refused_with_both_shapes(tmp_path):
     ours.save_params(oracle.params("pi0"), tmp_path / "out")
-    with pytest.raises(ValueError, match="the model and .*out are not the same architecture"):
+    with pytest.raises(ValueError, match="config.model and .*out are not the same architecture"):
         ours.load_params(tmp_path / "out", oracle.config("pi05"))
     with pytest.raises(ValueError, match="is an Orbax checkpoint"):
         ours.load_params(oracle.step("pi0", "base"), oracle.config("pi0"))

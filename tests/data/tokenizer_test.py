@@ -10,6 +10,7 @@ import sentencepiece
 
 from policymix.data import tokenizer
 from policymix.sim import envs
+from tests import small_sentencepiece
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -111,17 +112,7 @@ def test_a_vocabulary_without_room_for_words_is_refused():
 
 @pytest.fixture(scope="session")
 def paligemma_like(tmp_path_factory):
-    """A small model with PaliGemma's special tokens: 0 padding, 1 end, 2 beginning, 3 unknown."""
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    sentences = [f"pick up the {c} {o} and put it away {i}" for i in range(30)
-                 for c in ("red", "blue", "green") for o in ("cup", "block", "drawer")]  # fmt: skip
-    (folder / "text.txt").write_text("\n".join(sentences))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "small"), vocab_size=40,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, user_defined_symbols=["\n"],
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    return folder / "small.model"
+    return small_sentencepiece.train(tmp_path_factory.mktemp("sentencepiece"))
 
 
 def test_sentencepiece_begins_and_spells(paligemma_like):

@@ -61,7 +61,8 @@ def params():
 def observation():
     ids, seen = (GOLDEN[name][:, PICTURE_TOKENS:] for name in ("ids", "am"))
     return Observation(
-        {"camera": np.transpose(GOLDEN["pix"], (0, 2, 3, 1))},
+        # On the device, where nobody looks at values: these reach beyond a picture's [-1, 1].
+        {"camera": jnp.transpose(GOLDEN["pix"], (0, 2, 3, 1))},
         {"camera": np.ones(2, bool)},
         GOLDEN["prop"][:, 0],
         ids.astype(np.int32),

@@ -67,6 +67,6 @@ def test_what_the_old_chunk_says_of_the_end_is_not_looked_at(problem):
 def test_delays_do_not_compile_again(problem):
     previous = jnp.zeros_like(problem[3])
     continued(problem, previous, delay=jnp.int32(1))
-    before = rtc.continue_actions._cache_size()
+    before = rtc._continue._cache_size()
     continued(problem, previous, delay=jnp.int32(3))
-    assert rtc.continue_actions._cache_size() == before
+    assert rtc._continue._cache_size() == before

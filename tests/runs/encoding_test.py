@@ -151,21 +151,42 @@ def test_cameras_show_the_pictures_that_are_named_theirs(stats):
         assert found.image_masks[camera].all()
 
 
-def test_masked_cameras_are_absent_and_need_no_pictures(stats):
-    config = model(image_keys=CAMERAS)
-    encoder = encoding.Encoder(config, data(cameras=NAMED, mask_cameras=True), stats)
-    assert encoder.cameras == {}
-    found = encoder.observation(raw())
-    for camera in CAMERAS:
-        assert not found.image_masks[camera].any()
-        assert found.images[camera].shape == (4, 28, 56, 3)
-    pi0.check_observation(config, found)
+def test_absent_cameras_need_no_pictures_and_are_not_computed(stats):
+    config, images = model(image_keys=CAMERAS), pictures()
+    encoder = encoding.Encoder(config, data(cameras=NAMED | {"base_0_rgb": "absent"}), stats)
+    assert encoder.cameras == {"left_wrist_0_rgb": "wrist"}
+    assert encoder.seen == model(image_keys=("left_wrist_0_rgb",))
+    found = encoder.observation(raw(images={"left_wrist_0_rgb": images["left_wrist_0_rgb"]}))
+    assert list(found.images) == ["left_wrist_0_rgb"]
+    pi0.check_observation(encoder.seen, found)
+    whole = encoding.masked(config, found)
+    pi0.check_observation(config, whole)
+    assert not whole.image_masks["base_0_rgb"].any()
+    assert whole.image_masks["left_wrist_0_rgb"].all()
+    assert list(whole.images) == list(CAMERAS)
+
+
+def test_a_state_that_is_no_number_is_named(stats):
+    example = raw()
+    example["state"][2, 1] = np.nan
+    with pytest.raises(ValueError, match="'state' .* nan in dimension 1 of example 2"):
+        encoding.Encoder(model(), data(), stats).observation(example)
+
+
+def test_pictures_that_are_no_bytes_are_refused(stats):
+    encoder = encoding.Encoder(model(image_keys=CAMERAS), data(cameras=NAMED), stats)
+    images = {camera: picture / 255 for camera, picture in pictures().items()}
+    with pytest.raises(ValueError, match="pictures of 'top' have dtype float64; expected uint8"):
+        encoder.observation(raw(images=images))
 
 
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({}, r"names the cameras \['base_0_rgb', 'left_wrist_0_rgb'\], and .*mask_cameras=True"),
+        (
+            {},
+            r"cameras \['base_0_rgb', 'left_wrist_0_rgb'\], .*base_0_rgb=FEATURE, or say =absent",
+        ),
         ({"left_wrist_0_rgb": "wrist"}, r"names the cameras \['base_0_rgb'\]"),
         (NAMED | {"base_rgb": "side"}, "names 'base_rgb'.*did you mean 'base_0_rgb'"),
     ],

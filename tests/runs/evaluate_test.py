@@ -262,7 +262,7 @@ def test_cameras_that_the_environment_lacks_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "Pool", None)
     config = pi0_libero.get_config("debug")
     named = dict.fromkeys(config.model.image_keys, "observation.image")
-    config.data.update({"mask_cameras": False, "cameras": named})
+    config.data.cameras = named
     config.evaluate.replan_steps = 6
     message = r"cameras.base_0_rgb is 'observation.image'; .* observe observation.state \[39\]"
     with pytest.raises(ValueError, match=message):

@@ -277,7 +277,7 @@ def test_a_step_without_train_state_is_not_silently_restarted(straight, tmp_path
 
 def test_a_model_with_cameras_trains_on_numbers_only_if_told_so(tmp_path):
     config = pi0_libero.get_config("debug")
-    config.data.mask_cameras = False
+    config.data.cameras.left_wrist_0_rgb = ""
     with pytest.raises(ValueError, match="image_keys names the cameras"):
         run(config, tmp_path / "run")
 
