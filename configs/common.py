@@ -136,6 +136,28 @@ def openpi_config(base: str, *, pi05: bool, **model) -> ml_collections.ConfigDic
     return config
 
 
+def open_pi_zero_config(*, proprio_dim: int) -> ml_collections.ConfigDict:
+    """A policy of open-pi-zero's sizes and conventions, to be trained from PaliGemma."""
+    config = openpi_config(
+        "",
+        pi05=False,
+        vocab_size=257_216,  # PaliGemma's, with Hugging Face's padding
+        action_dim=7,
+        action_horizon=4,
+        max_token_len=20,
+        image_keys=("base_0_rgb",),
+        variant="open_pi_zero",
+    )
+    config.model.proprio_dim = proprio_dim
+    config.data.cameras = {"base_0_rgb": ""}
+    config.data.quantiles = True
+    config.train.init_from = "hf://google/paligemma-3b-pt-224"
+    config.train.update({"batch_size": 1024, "learning_rate": 5e-5, "final_learning_rate": 5e-5})
+    config.train.update({"warmup_steps": 200, "weight_decay": 0.0})
+    config.evaluate.replan_steps = 4
+    return config
+
+
 def parse_arg(arg: str) -> bool:
     """True for "debug", False for "". ValueError for anything else."""
     if arg not in ("", "debug"):

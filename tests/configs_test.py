@@ -2,10 +2,13 @@
 
 import importlib
 import inspect
+import re
 
 import pytest
 
 from configs import common
+from policymix import trees
+from policymix.checkpoints import keymaps
 from policymix.models import pi0
 from policymix.runs import policies
 from tests import commands, oracle
@@ -26,12 +29,16 @@ OPENPI = {
 }  # fmt: skip
 
 
+# open-pi-zero's: size of proprio, and actions that are executed of a chunk.
+OPEN_PI_ZERO = {"pi0_bridge": (7, 4), "pi0_fractal": (8, 2)}
+
+
 def get(name: str, arg: str = ""):
     return importlib.import_module(f"configs.{name}").get_config(arg)
 
 
 def test_every_config_is_known_here():
-    assert set(NAMES) == {*OPENPI, "pi0_metaworld", "pi0_pusht", "pi0_state"}
+    assert set(NAMES) == {*OPENPI, *OPEN_PI_ZERO, "pi0_metaworld", "pi0_pusht", "pi0_state"}
 
 
 @pytest.mark.parametrize("name", OPENPI)
@@ -47,6 +54,24 @@ def test_the_values_are_openpis(name):
     assert (t.warmup_steps, t.learning_rate, t.final_learning_rate) == (warmup, peak, last)
     assert config.data.quantiles == pi05
     assert set(config.data.cameras) == set(pi0.OPENPI_CAMERAS)
+
+
+@pytest.mark.parametrize("name", OPEN_PI_ZERO)
+def test_the_sizes_are_open_pi_zeros(name):
+    """Its published figures, in billions: action expert with its projections .315, vocabulary .527,
+    the rest of PaliGemma 2.4, of which it trains 2.291.
+    """
+    config, (proprio, executed) = get(name), OPEN_PI_ZERO[name]
+    model = policies.model_config(config, why="a test")
+    assert set(config.model) == set(pi0.Pi0Config.__dataclass_fields__)
+    assert (model.proprio_dim, config.evaluate.replan_steps) == (proprio, executed)
+    sizes = {path: leaf.size for path, leaf in trees.flatten(pi0.shapes(model)).items()}
+    expert = sum(
+        n for p, n in sizes.items() if any(re.fullmatch(r, p) for r in keymaps.NOT_PALIGEMMA)
+    )
+    embedding = sizes["PaliGemma/llm/embedder/input_embedding"]
+    billions = [n / 1e9 for n in (expert, embedding, sum(sizes.values()) - expert - embedding)]
+    assert [round(n, 3) for n in billions] == [0.315, 0.527, 2.397]
 
 
 def test_droids_statistics_are_those_of_its_base():

@@ -28,11 +28,11 @@ CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
 def own_words(path: pathlib.Path) -> str:
-    """A document without what it says of other programs: the first cells of two tables, what "…"
+    """A document without what it says of other programs: the first cells of three tables, what "…"
     stands for there, and commands for gcloud and the hub.
     """
     text = path.read_text()
-    for header in ("| kai0 | here |", "| RETAIN | here |"):
+    for header in ("| kai0 | here |", "| RETAIN | here |", "| open-pi-zero | here |"):
         for cell, _ in commands.table(text, header) if header in text else ():
             text = text.replace(f"| {cell} |", "| |")
     return re.sub(r"`…` stands there for\s+`[^`]*`", "", text)

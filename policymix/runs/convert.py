@@ -18,7 +18,7 @@ import numpy as np
 
 from policymix import files, hub, memory, metrics
 from policymix.checkpoints import assets, copies, jobs, keymaps, outputs, provenance, store
-from policymix.models import pi0, recognize, siglip
+from policymix.models import pi0, recognize
 from policymix.runs import policies
 from policymix.runs.beside import Beside
 from policymix.transforms.normalize import Stats
@@ -51,10 +51,10 @@ def convert(config: ml_collections.ConfigDict, request: Request) -> dict[str, An
       ValueError, OSError: bad input; one clear message, and no output.
     """
     _check_request(request)
-    model = policies.model_config(config, why="a conversion") if config.model else None
+    model = policies.optional_model(config)
     opened, tree = _open(request, model)
     output = outputs.choose([opened], 0, request.format)
-    leaves = output.select(opened, _siglip_heads(model))
+    leaves = output.select(opened, policies.siglip_heads(model))
     dtypes = {path: _dtype(leaf.dtype, request.dtype) for path, leaf in leaves.items()}
     stats, others = _norm_stats(request, config.data.asset_id)
     kinds = {str(dtype) for dtype in dtypes.values()}
@@ -131,7 +131,7 @@ def _open(request: Request, model: pi0.Pi0Config | None) -> tuple[store.Checkpoi
     opened = store.open_checkpoint(
         request.checkpoint, merge_lora=request.merge_lora, lora_scale=_lora_scale(model)
     )
-    name, tree = opened.name, opened.tree(_siglip_heads(model))
+    name, tree = opened.name, opened.tree(policies.siglip_heads(model))
     foreign = opened.place.kind == "pt"
     alone = "action_in_proj/kernel" not in tree
     if request.format != "orbax" and (foreign or alone):
@@ -160,12 +160,6 @@ def _norm_stats(
     if asset_id or request.format != "orbax" or len(found) < 2:
         return assets.norm_stats_of(request.checkpoint, asset_id or None), {}
     return None, {name: assets.read_norm_stats(path) for name, path in found.items()}
-
-
-def _siglip_heads(model: pi0.Pi0Config | None) -> int | None:
-    if model is None or not model.image_keys:
-        return None
-    return siglip.size(model.siglip_variant).num_heads
 
 
 def _lora_scale(model: pi0.Pi0Config | None) -> Callable[[str], float]:

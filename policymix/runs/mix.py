@@ -18,7 +18,6 @@ import numpy as np
 from policymix import files, hub, memory, metrics, trees
 from policymix.checkpoints import assets, blocks, layout, provenance, store, streaming
 from policymix.data import validation as validation_lib
-from policymix.models import siglip
 from policymix.reports import mixes, tables
 from policymix.runs import advice, landscapes, policies, repeats, requests, searches
 from policymix.runs import inputs as inputs_lib
@@ -48,7 +47,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
         base=base,
         base_is_mixed=method == "interpolate",
         wanted=request.format,
-        siglip_heads=_siglip_heads(config),
+        siglip_heads=policies.siglip_heads(policies.optional_model(config)),
     )
     task = Task(config, request, method, inputs, _judge(config, request, inputs), repeat)
     task.check()
@@ -134,7 +133,7 @@ class Task:
     def beside(self, stats: normalize.Stats | None, dtypes: Mapping[str, np.dtype]) -> Beside:
         """The small files beside the mix."""
         config, kinds = self.config, {str(dtype) for dtype in dtypes.values()}
-        model = policies.model_config(config, why="a policy") if config.model else None
+        model = policies.optional_model(config)
         return Beside(self.inputs.output, model, config.data, stats, kinds)
 
     def norm_stats(self, coefficients) -> tuple[str, Any] | None:
@@ -146,14 +145,6 @@ class Task:
             self.inputs.mean_coefficients(by_path),
             self.config.data.asset_id,
         )
-
-
-def _siglip_heads(config: ml_collections.ConfigDict) -> int | None:
-    """The vision tower's number of heads, where the config has a model with one."""
-    model = config.model
-    if not model or not model.get("image_keys") or not model.get("siglip_variant"):
-        return None
-    return siglip.size(model.siglip_variant).num_heads
 
 
 def _base(config: ml_collections.ConfigDict, request: Request, method: str) -> str:

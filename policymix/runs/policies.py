@@ -12,7 +12,7 @@ import numpy as np
 from policymix import metrics
 from policymix.checkpoints import assets, store
 from policymix.checkpoints.leaves import Leaf
-from policymix.models import pi0, recognize
+from policymix.models import pi0, recognize, siglip
 from policymix.runs import encoding
 from policymix.structs import LossFn, Observation, Params
 
@@ -31,6 +31,20 @@ def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Confi
             f"config.model has unknown fields {unknown}; Pi0Config has {sorted(known)}"
         )
     return pi0.Pi0Config(**fields)
+
+
+def optional_model(config: ml_collections.ConfigDict) -> pi0.Pi0Config | None:
+    """config.model as a Pi0Config; None where it is empty."""
+    return model_config(config, why="a policy") if config.model else None
+
+
+def siglip_heads(model: pi0.Pi0Config | None) -> int | None:
+    """The vision tower's number of heads, which PyTorch checkpoints do not tell; None without a
+    model, or one with pictures.
+    """
+    if model is None or not model.image_keys:
+        return None
+    return siglip.size(model.siglip_variant).num_heads
 
 
 def read_params(header: Mapping[str, Any], dtype: str) -> Params:
@@ -77,7 +91,7 @@ class Policy:
           ValueError, OSError: no checkpoint, another architecture, or no norm stats beside it.
         """
         self.name, self.model = checkpoint, model
-        self.header = store.open_params(checkpoint)
+        self.header = store.open_params(checkpoint, siglip_heads(model))
         recognize.check(pi0.shapes(model), self.header, checkpoint)
         found = assets.norm_stats_of(checkpoint, config.data.asset_id or None)
         if found is None:

@@ -41,11 +41,12 @@ def sample(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any
     for name in ("batch_size", "num_samples", "num_calls"):
         if getattr(request, name) < 1:
             raise ValueError(f"--{name} is {getattr(request, name)}; at least 1 is needed")
-    header = store.open_params(request.checkpoint) if request.checkpoint else None
-    if config.model or header is None:
-        model = policies.model_config(config, why="a policy")
-    else:
-        model = recognize.model(header)
+    model, header = policies.optional_model(config), None
+    if request.checkpoint:
+        header = store.open_params(request.checkpoint, policies.siglip_heads(model))
+        model = model or recognize.model(header)
+    elif model is None:
+        model = policies.model_config(config, why="a policy")  # which says what to give
     shapes = pi0.shapes(model)
     if header is not None:
         recognize.check(shapes, header, request.checkpoint)

@@ -10,12 +10,15 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
+from configs import common
 from policymix import trees
 from policymix.checkpoints import conversions, open_pi_zero, store
 from policymix.models import flow, pi0, siglip, variants
+from policymix.runs import sample_actions
 from policymix.structs import Observation
 from tests import oracle
 
@@ -111,6 +114,18 @@ def test_a_file_is_read_without_running_it(params, tmp_path):
     torch.save({"model": state, "cnt_update": 3}, tmp_path / "step3.pt")
     opened = store.open_checkpoint(tmp_path / "step3.pt")
     jax.tree.map(np.testing.assert_array_equal, params_of(opened.leaves), params)
+
+
+def test_a_file_acts(tmp_path, capsys):
+    """`experiments/sample_actions.py --config=… --checkpoint=step3.pt`."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    state = {k: torch.from_numpy(x) for k, x in state_dict().items()}
+    torch.save({"model": state}, tmp_path / "step3.pt")
+    config = common.get_config()
+    config.model = ml_collections.ConfigDict(dataclasses.asdict(CONFIG))
+    request = sample_actions.Request(checkpoint=str(tmp_path / "step3.pt"), num_calls=1)
+    sample_actions.sample(config, request)
+    assert "actions (1, 1, 3, 4)" in capsys.readouterr().out
 
 
 def test_bfloat16_is_kept(params, tmp_path):

@@ -1,5 +1,6 @@
 """Training: exact resume, what lies beside a checkpoint, what is refused."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -9,16 +10,18 @@ import sys
 import time
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
 from configs import common, pi0_libero, pi0_state
 from policymix import metrics, trees
-from policymix.checkpoints import assets, store
+from policymix.checkpoints import assets, safetensors, store
 from policymix.data import lerobot
 from policymix.models import pi0
 from policymix.runs import policies, train
 from tests import commands
+from tests.models import text_test
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -125,6 +128,27 @@ def test_init_from_a_paligemma_leaves_the_expert_fresh(straight, tmp_path, capsy
     assert told in capsys.readouterr().out
     for path, array in known.items():
         np.testing.assert_array_equal(state[path], array)
+
+
+def test_so_does_hugging_faces_with_its_vision_tower(tmp_path, capsys):
+    (tmp_path / "hf").mkdir()
+    safetensors.write(tmp_path / "hf", text_test.WEIGHTS)
+    loaded = trees.flatten(store.load_params(tmp_path / "hf"))
+    still = {"learning_rate": 0.0, "final_learning_rate": 0.0, "ema_decay": 0.0, "num_steps": 1}
+    config = debug_config(init_from=str(tmp_path / "hf"), **still)
+    model = dataclasses.asdict(dataclasses.replace(text_test.CONFIG, vocab_size=90, action_dim=8))
+    config.model = ml_collections.ConfigDict(model)
+    config.model.proprio_dim = 8
+    config.data.update({"tokenizer": "words", "cameras": {"camera": "absent"}})
+    run(config, tmp_path / "run")
+    assert f"{len(loaded)} arrays loaded, 18 newly initialised" in capsys.readouterr().out
+    found = trees.flatten(store.load_params(tmp_path / "run/1"))
+    embedder = "PaliGemma/llm/embedder/input_embedding"
+    assert found[embedder].shape == (90, 32)
+    for path, array in loaded.items():
+        np.testing.assert_array_equal(found[path], array[:90] if path == embedder else array)
+    kernel = found["PaliGemma/llm/layers/mlp_1/linear"]
+    assert 0.5 < kernel.std() * kernel.shape[1] ** 0.5 < 2  # and not zero
 
 
 def test_init_from_of_another_shape_names_the_key(straight, tmp_path):
