@@ -17,9 +17,9 @@ import pytest
 from configs import common, pi0_pusht, pi05_libero
 from policymix import files, trees
 from policymix.checkpoints import layout, safetensors, store
-from policymix.data import validation
+from policymix.data import tokenizer, validation
 from policymix.reports import pages
-from policymix.runs import dump_validation, mix, requests
+from policymix.runs import convert, dump_validation, mix, requests
 from tests import commands, oracle
 from tests.commands import ROOT
 
@@ -276,6 +276,28 @@ def a_video(places):
     dump_validation.dump(config, places.folder / "val.npz")
 
 
+def plain_format(places):
+    updates = {f"PaliGemma/llm/layers/attn/q_einsum/{n}": np.ones(1) for n in ("lora_a", "lora_b")}
+    params = trees.unflatten(trees.flatten(oracle.params("pi0")) | updates)
+    store.save_params(params, places.folder / "lora")
+    convert.convert(
+        common.get_config(),
+        convert.Request(str(places.folder / "lora"), places.folder / "out", "openpi"),
+    )
+
+
+def no_camera(places):
+    config = pi0_pusht.get_config("debug")
+    config.data.update({"path": str(common.PUSHT), "cameras": {"base_0_rgb": ""}})
+    dump_validation.dump(config, places.folder / "val.npz")
+
+
+def no_tokenizer(places, monkeypatch):
+    monkeypatch.setenv("POLICYMIX_CACHE", str(places.folder / "cache"))
+    monkeypatch.setitem(sys.modules, "requests", None)
+    tokenizer.paligemma(48)
+
+
 def no_hub(places, monkeypatch):
     monkeypatch.setitem(sys.modules, "requests", None)
     layout.local("gs://bucket/checkpoint")
@@ -301,6 +323,7 @@ CASES = {
     "… and … are not the same architecture": lambda p, _: mixed(p, p.a, oracle.step("pi0", "base")),
     "… is half of a low-rank update": lambda p, _: lora_by_half(p),
     "… holds the low-rank update …: merge it into the model first": lambda p, _: peft(p),
+    "… has low-rank updates, which --format=… has no names for": lambda p, _: plain_format(p),
     "… is not a checkpoint: expected a step directory with params/_METADATA": (
         lambda p, _: mixed(p, ROOT / "docs", p.b)
     ),
@@ -333,6 +356,8 @@ CASES = {
     ),
     "… does not fit config.model": lambda p, _: with_tokens(p, lambda t: t[:, :-1]),
     "it was written for another tokenizer": lambda p, _: with_tokens(p, lambda t: t + 512),
+    "… says of no picture feature that it is theirs": lambda p, _: no_camera(p),
+    "PaliGemma's tokenizer is not in the cache and cannot be fetched": no_tokenizer,
     "interpolate needs a base": lambda p, _: mixed(p, p.a, method="interpolate"),
     "is a video, and videos are not read yet": lambda p, _: a_video(p),
     "remote paths need …": no_hub,
