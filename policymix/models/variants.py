@@ -56,7 +56,7 @@ def size(variant: str | Size | Mapping[str, Any]) -> Size:
         if variant not in _SIZES:
             raise ValueError(
                 f"Gemma variant {variant!r}: expected one of {list(_SIZES)}, or the fields of "
-                "gemma.Size"
+                "variants.Size"
             )
         return _SIZES[variant]
     fields = [field.name for field in dataclasses.fields(Size)]
