@@ -1,7 +1,8 @@
 r"""Writes a checkpoint in another format, bit for bit: Orbax, or safetensors as OpenPI and LeRobot
 name them.
 
-  python experiments/convert.py --checkpoint=runs/mine/29999 --format=openpi --output=exported
+  python experiments/convert.py --config=configs/pi05_libero.py --checkpoint=runs/mine/29999 \
+    --format=openpi --output=exported
   python experiments/convert.py --config=configs/pi05_droid_finetune.py --checkpoint=mixed \
     --format=lerobot --output=pretrained_model
   python experiments/convert.py --checkpoint=lora/29999 --merge_lora --format=orbax --output=plain

@@ -5,7 +5,8 @@ r"""Text from a picture and a prompt: PaliGemma alone, or the PaliGemma within a
 
 The checkpoint may be big_vision's .npz, Hugging Face's safetensors, or any π0's; its sizes are read
 from its arrays. The tokenizer is config.data.tokenizer if that is a .model file, else the
-tokenizer.model beside the checkpoint, else PaliGemma's from the cache or the hub.
+tokenizer.model beside the checkpoint, else PaliGemma's: from the cache, from gs://big_vision, or
+from the hub after a login.
 """
 
 from absl import flags

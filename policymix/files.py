@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -48,6 +49,10 @@ def check_output(
       overwrite: whether what is there may be replaced.
       ours: whether what is there was written by the same command; nothing else is ever replaced.
     """
+    if re.match(r"(gs|hf|s3):/", str(path)):
+        raise ValueError(
+            f"output {path} is not a local path: write to a local disk, and copy it from there"
+        )
     path = local(path)
     if path.exists() and not overwrite:
         raise FileExistsError(

@@ -91,7 +91,7 @@ FLOORS = (
         "runs": (
             "encoding",
             "policies",
-            "beside",
+            "policy_files",
             "inputs",
             "sources",
             "pipeline",

@@ -53,15 +53,16 @@ def _run(job: jobs_lib.Job, stopped: threading.Event, *, sink, progress) -> list
                 numbers = np.searchsorted([first for first, _ in span.starts], where, "right") - 1
                 bad |= {span.starts[number][1] for number in np.unique(numbers)}
             if span.dtype != leaf.dtype:
-                wide = blocks.widen(block, blocks.wide_dtype([leaf.dtype])).copy()
-                block = jobs_lib.buffer("out", len(block), span.dtype)
-                blocks.round_into(wide, block)
-                if finite and not blocks.finite(block):
-                    at = int(np.flatnonzero(~np.isfinite(block))[0])
-                    raise ValueError(
-                        f"{leaf.where}: {span.at(start + at)[0]!r} holds numbers that do not fit "
-                        f"into {span.dtype}: choose a wider --dtype"
-                    )
+                raw_block, block = block, jobs_lib.buffer("out", len(block), span.dtype)
+                wide = blocks.widen(raw_block, blocks.wide_dtype([leaf.dtype]))
+                blocks.round_into(wide.copy(), block)
+                if not blocks.finite(block):
+                    lost = np.flatnonzero(np.isfinite(raw_block) & ~np.isfinite(block))
+                    if len(lost):
+                        raise ValueError(
+                            f"{leaf.where}: {span.at(start + int(lost[0]))[0]!r} holds numbers "
+                            f"that do not fit into {span.dtype}: choose a wider --dtype"
+                        )
             sink.write(span.path, start, block)
             progress(len(block))
     return sorted(bad)

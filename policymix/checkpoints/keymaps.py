@@ -28,7 +28,7 @@ PALIGEMMA = "paligemma"  # Hugging Face's for PaliGemma alone: read, never writt
 _PALIGEMMA, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
 _VISION, _LANGUAGE = _PALIGEMMA + "model.vision_tower.", _PALIGEMMA + "model.language_model."
 _PROJECTOR = _PALIGEMMA + "model.multi_modal_projector."
-_EMBEDDER, _EMBEDDING = "PaliGemma/llm/embedder/input_embedding", _LANGUAGE + "embed_tokens.weight"
+EMBEDDER, _EMBEDDING = "PaliGemma/llm/embedder/input_embedding", _LANGUAGE + "embed_tokens.weight"
 _HEAD, _EXPERT_HEAD = _PALIGEMMA + "lm_head.weight", _EXPERT + "lm_head.weight"
 
 # One array under two names. OpenPI's files hold only the second. LeRobot's (>= 0.4) hold both, no
@@ -86,7 +86,7 @@ PaliGemma/img/pos_embedding    | {_V}embeddings.position_embedding.weight | 1 t 
 PaliGemma/img/head             | {_PROJECTOR}linear                       | w d
 PaliGemma/img/Transformer/encoder_norm/[scale,bias] | {_V}post_layernorm.[weight,bias] | w | w
 prompts
-{_EMBEDDER} | {_EMBEDDING} | v d | v d
+{EMBEDDER} | {_EMBEDDING} | v d | v d
 all
 {_L}attn/kv_einsum/w         | {_TL}self_attn.[k,v]_proj.weight | L 2 1 d h | h d
 {_L}attn/q_einsum/w          | {_TL}self_attn.q_proj.weight     | L n d h   | (n h) d
@@ -296,7 +296,7 @@ def leaves(tensors: Shapes, *, siglip_heads: int | None = None) -> tuple[Leaves,
     # A head over words means that there is a vocabulary, so its embedding must be there.
     present = used.keys() | ({_EMBEDDING} if {_HEAD, _EXPERT_HEAD} & tensors.keys() else set())
     rules = _active(lambda rule: any(n.replace("*", "0") in present for n in rule.names))
-    rules = [r._replace(names=[embedding]) if r.path == _EMBEDDER else r for r in rules]
+    rules = [r._replace(names=[embedding]) if r.path == EMBEDDER else r for r in rules]
     stacks = {"K": r".*encoder\.layers\.(\d+)\.", "L": r".*model\.layers\.(\d+)\."}
     layers = {x: {m[1] for name in used if (m := re.match(stacks[x], name))} for x in stacks}
     sizes = {x: len(indices) or 1 for x, indices in layers.items()}
@@ -319,6 +319,6 @@ def tensors(shapes: Shapes) -> Leaves:
 
 def extra_tensors(shapes: Shapes) -> dict[str, tuple[str, Shape]]:
     """What a whole PyTorch file has beside `tensors`: name → ("tied" or "zeros", shape)."""
-    tied, width = shapes.get(_EMBEDDER, ()), shapes["action_in_proj/bias"]
+    tied, width = shapes.get(EMBEDDER, ()), shapes["action_in_proj/bias"]
     heads = {_HEAD: ("tied", tied), _EXPERT_HEAD: ("zeros", (*tied[:1], *width))}
     return heads if tied else {}

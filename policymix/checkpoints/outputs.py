@@ -24,7 +24,7 @@ from policymix.transforms.normalize import Stats
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 _BESIDE = 64 * 2**20  # bytes: larger files are not what describes a model
-_OURS = ("mix.json", "mix.png", assets.NORM_STATS, layout.INDEX)
+_OURS = ("mix.json", "mix.png", "convert.json", assets.NORM_STATS, layout.INDEX)
 
 
 @dataclasses.dataclass(frozen=True)

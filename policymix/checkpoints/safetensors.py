@@ -21,7 +21,7 @@ import numpy as np
 from policymix import files, trees
 from policymix.checkpoints import conversions, keymaps, leaves
 from policymix.checkpoints import layout as layout_lib
-from policymix.models import pi0, recognize, siglip
+from policymix.models import pi0, recognize
 from policymix.structs import Params
 
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -359,9 +359,7 @@ def load_params(path: str | os.PathLike, model_config: pi0.Pi0Config) -> dict[st
     naming = keymaps.naming(tensors)
     if naming is None:
         raise ValueError(f"{path}: its tensors are not named as those of a π0")
-    heads = None
-    if model_config.image_keys:
-        heads = siglip.size(model_config.siglip_variant, model_config.siglip_depth).num_heads
+    heads = model_config.siglip_heads
     found = trees.unflatten(conversions.tree_of(tensors, naming, str(path), heads))
     recognize.check(pi0.shapes(model_config), found, str(path))
     return jax.tree.map(leaves.Leaf.read, found)

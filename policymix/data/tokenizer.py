@@ -138,7 +138,10 @@ class SentencePieceTokenizer(ByteTokenizer):
         return self._processor.eos_id()
 
 
-PALIGEMMA_MODEL = "gs://big_vision/paligemma_tokenizer.model"
+PALIGEMMA_MODELS = (  # the second after a login
+    "gs://big_vision/paligemma_tokenizer.model",
+    "hf://google/paligemma-3b-pt-224/tokenizer.model",
+)
 
 
 def paligemma(max_token_len: int) -> SentencePieceTokenizer:
@@ -147,12 +150,18 @@ def paligemma(max_token_len: int) -> SentencePieceTokenizer:
     Raises:
       ValueError: it is not there and cannot be fetched; the message says how to get it.
     """
-    try:
-        path = hub.fetch(PALIGEMMA_MODEL)
-    except (OSError, ImportError) as error:
+    troubles = []
+    for url in PALIGEMMA_MODELS:
+        try:
+            path = hub.fetch(url)
+            break
+        except (OSError, ImportError) as error:
+            troubles.append(error)
+    else:
         raise ValueError(
-            f"PaliGemma's tokenizer is not in the cache and cannot be fetched ({error}). Get "
-            f"{PALIGEMMA_MODEL}, or, after `hf auth login` and accepting its licence, `hf download "
-            "google/paligemma-3b-pt-224 tokenizer.model`, and pass --config.data.tokenizer=PATH"
-        ) from error
+            f"PaliGemma's tokenizer is not in the cache and cannot be fetched ({troubles[0]}). Get "
+            f"{PALIGEMMA_MODELS[0]}, or, after `hf auth login` and accepting its licence, `hf "
+            "download google/paligemma-3b-pt-224 tokenizer.model`, and pass "
+            "--config.data.tokenizer=PATH"
+        ) from troubles[0]
     return SentencePieceTokenizer(path, max_token_len)

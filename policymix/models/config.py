@@ -4,7 +4,7 @@ Sources: π0 (arXiv:2410.24164), π0.5 (arXiv:2504.16054), OpenPI and open-pi-ze
 """
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from policymix.models import siglip, variants
@@ -113,15 +113,30 @@ class Pi0Config:
         """Noise that is left at the end of the path."""
         return 1e-3 if self.open_pi_zero else 0.0
 
-    def seeing(self, cameras: Container[str]) -> "Pi0Config":
+    def seeing(self, cameras: Collection[str]) -> "Pi0Config":
         """The same policy where only these of its cameras are there.
 
         What it computes from the same parameters is what it computes with the others masked: tokens
         of absent cameras are seen by nothing and take no positions. Without them the sequence is
         shorter. The parameter tree stays that of the whole policy.
+
+        open-pi-zero's positions count absent cameras too: there all stay, to be masked.
+
+        Raises:
+          ValueError: one of `cameras` is none of the policy's.
         """
+        unknown = [cameras] if isinstance(cameras, str) else [*{*cameras} - {*self.image_keys}]
+        if unknown:
+            raise ValueError(f"cameras: {unknown[0]!r} is not among {list(self.image_keys)}")
+        if self.open_pi_zero:
+            return self
         kept = tuple(camera for camera in self.image_keys if camera in cameras)
         return dataclasses.replace(self, image_keys=kept)
+
+    @property
+    def siglip_heads(self) -> int | None:
+        """The vision tower's number of heads; None without one."""
+        return siglip.size(self.siglip_variant).num_heads if self.image_keys else None
 
     def without_lora(self) -> "Pi0Config":
         """The policy that is left when low-rank updates are merged into their weights."""

@@ -44,15 +44,21 @@ def check_observation(config: Pi0Config, observation: Observation) -> None:
     Shapes and dtypes are always looked at; values only where they are numpy's, since looking at a
     device's would wait for it.
     """
+    proprio = observation.proprio
+    batch_size = proprio.shape[0]
+    _require("the shape of proprio", tuple(proprio.shape), (batch_size, config.proprio_dim))
+    if isinstance(proprio, np.ndarray) and not np.isfinite(proprio).all():
+        row, dim = np.argwhere(~np.isfinite(proprio))[0]
+        raise ValueError(
+            f"observation: proprio {dim} of example {row} is {proprio[row, dim]}: a sensor that "
+            "gave no number, or a normalisation that divides by nothing"
+        )
+    check_prefix(config, observation)
+
+
+def check_prefix(config: Pi0Config, observation: Observation) -> None:
+    """The same of pictures and prompt alone."""
     batch_size = observation.proprio.shape[0]
-
-    def require(what, found, expected, hint=""):
-        if found != expected:
-            raise ValueError(f"observation: {what} is {found}, the model expects {expected}{hint}")
-
-    require(
-        "the shape of proprio", tuple(observation.proprio.shape), (batch_size, config.proprio_dim)
-    )
     for name in config.image_keys:
         if name not in observation.images or name not in observation.image_masks:
             raise ValueError(
@@ -60,47 +66,15 @@ def check_observation(config: Pi0Config, observation: Observation) -> None:
                 f"{list(observation.images)}. Of a robot without that camera the model is "
                 "config.seeing(its cameras)"
             )
-        image, expected = observation.images[name], (batch_size, *config.image_resolution, 3)
-        require(f"the shape of image {name!r}", tuple(image.shape), expected, _hint(image.shape))
-        if image.dtype != np.uint8 and not jnp.issubdtype(image.dtype, np.floating):
-            raise ValueError(
-                f"observation: image {name!r} has dtype {image.dtype}; expected uint8 in 0..255, "
-                "or floats in [-1, 1]"
-            )
+        _check_picture(name, observation.images[name], (batch_size, *config.image_resolution, 3))
         mask = tuple(observation.image_masks[name].shape)
-        require(f"the shape of the mask of image {name!r}", mask, (batch_size,))
+        _require(f"the shape of the mask of image {name!r}", mask, (batch_size,))
     for name in ("prompt_tokens", "prompt_mask") if config.max_token_len else ():
         if getattr(observation, name) is None:
             raise ValueError(f"observation: {name} is missing (max_token_len 0 leaves prompts out)")
         found = tuple(getattr(observation, name).shape)
-        require(f"the shape of {name}", found, (batch_size, config.max_token_len))
-    _check_values(config, observation)
-
-
-def _hint(shape: tuple[int, ...]) -> str:
-    """What most often lies behind a picture of this shape."""
-    if len(shape) == 3:
-        return ": a batch of one is image[None]"
-    return ": channels come last" if len(shape) == 4 and shape[1] == 3 != shape[3] else ""
-
-
-def _check_values(config: Pi0Config, observation: Observation) -> None:
-    proprio, tokens = observation.proprio, observation.prompt_tokens
-    if isinstance(proprio, np.ndarray) and not np.isfinite(proprio).all():
-        row, dim = np.argwhere(~np.isfinite(proprio))[0]
-        raise ValueError(
-            f"observation: proprio {dim} of example {row} is {proprio[row, dim]}: a sensor that "
-            "gave no number, or a normalisation that divides by nothing"
-        )
-    for name in config.image_keys:
-        image = observation.images[name]
-        if isinstance(image, np.ndarray) and image.dtype != np.uint8 and image.size:
-            largest = np.abs(image).max()
-            if not largest <= 1.01:
-                raise ValueError(
-                    f"observation: image {name!r} reaches {largest:.4g}; floats lie in [-1, 1]: "
-                    "give uint8, or x / 127.5 - 1"
-                )
+        _require(f"the shape of {name}", found, (batch_size, config.max_token_len))
+    tokens = observation.prompt_tokens
     if not config.max_token_len or not isinstance(tokens, np.ndarray):
         return
     lowest, highest = tokens.min(initial=0), tokens.max(initial=0)
@@ -109,6 +83,34 @@ def _check_values(config: Pi0Config, observation: Observation) -> None:
             f"observation: prompt_tokens reach from {lowest} to {highest}, the vocabulary has "
             f"{config.vocab_size}: they are another tokenizer's"
         )
+
+
+def _require(what: str, found, expected, hint: str = "") -> None:
+    if found != expected:
+        raise ValueError(f"observation: {what} is {found}, the model expects {expected}{hint}")
+
+
+def _check_picture(name: str, image, expected: tuple[int, ...]) -> None:
+    _require(f"the shape of image {name!r}", tuple(image.shape), expected, _hint(image.shape))
+    if image.dtype == np.uint8:
+        return
+    if not jnp.issubdtype(image.dtype, np.floating):
+        raise ValueError(
+            f"observation: image {name!r} has dtype {image.dtype}; expected uint8 in 0..255, or "
+            "floats in [-1, 1]"
+        )
+    if isinstance(image, np.ndarray) and not np.abs(image).max(initial=0) <= 1.01:
+        raise ValueError(
+            f"observation: image {name!r} reaches {np.abs(image).max():.4g}; floats lie in "
+            "[-1, 1]: give uint8, or x / 127.5 - 1"
+        )
+
+
+def _hint(shape: tuple[int, ...]) -> str:
+    """What most often lies behind a picture of this shape."""
+    if len(shape) == 3:
+        return ": a batch of one is image[None]"
+    return ": channels come last" if len(shape) == 4 and shape[1] == 3 != shape[3] else ""
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,7 +4,8 @@ it is a π0 or a π0.5. How a checkpoint's path is spelt says nothing.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from policymix import trees
@@ -14,6 +15,7 @@ from policymix.models.lora import Lora
 from policymix.structs import Params
 
 _LLM, _IMG = "PaliGemma/llm/", "PaliGemma/img/"
+_EXPERT = "PaliGemma/llm/.*_1/.*"
 _BLOCK = _IMG + "Transformer/encoderblock/"
 
 
@@ -28,10 +30,9 @@ def fields(params: Params) -> dict[str, Any]:
     shapes = {path: tuple(leaf.shape) for path, leaf in trees.flatten(params).items()}
     found: dict[str, Any] = {}
     for name, expert in (("paligemma_variant", 0), ("action_expert_variant", 1)):
-        if (size := _size(shapes, variants.suffix(expert))) is not None:
+        if (size := _told(_size, shapes, variants.suffix(expert))) is not None:
             found[name] = variants.named(size)
-    if (tower := _tower(shapes)) is not None:
-        found |= tower
+    found |= _told(_tower, shapes) or {}
     if embedding := shapes.get(_LLM + "embedder/input_embedding"):
         found["vocab_size"] = embedding[0]
     if "action_expert_variant" in found:
@@ -40,6 +41,14 @@ def fields(params: Params) -> dict[str, Any]:
         if kernel := shapes.get(f"{path}/kernel"):
             found[name] = kernel[0]
     return found
+
+
+def _told(reader: Callable[..., Any], *args: Any) -> Any:
+    """What shapes say; None where they are of no π0: of another rank, or sizes that cannot be."""
+    try:
+        return reader(*args)
+    except (ValueError, IndexError):
+        return None
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]], end: str) -> variants.Size | None:
@@ -98,7 +107,16 @@ def model(params: Params, **others: Any) -> Pi0Config:
     # Any expert that may attend jointly serves for a PaliGemma alone: nothing is asked of it.
     found.setdefault("action_expert_variant", found["paligemma_variant"])
     found.setdefault("image_keys", OPENPI_CAMERAS if "siglip_variant" in found else ())
+    if "vocab_size" not in found:
+        found["max_token_len"] = 0
     return Pi0Config(**found | others)
+
+
+def paligemma(params: Params) -> dict[str, Any]:
+    """The vision tower and the language model of a tree, without the action expert."""
+    flat = trees.flatten(params)
+    kept = [p for p in flat if p.startswith("PaliGemma/") and not re.fullmatch(_EXPERT, p)]
+    return trees.unflatten({path: flat[path] for path in kept})
 
 
 def check(expected: Params, found: Params, name: str, *, whole: bool = True) -> None:
@@ -116,7 +134,8 @@ def check(expected: Params, found: Params, name: str, *, whole: bool = True) -> 
         return
     ours, theirs = fields(expected), fields(found)
     apart = [n for n in dict.fromkeys([*ours, *theirs]) if ours.get(n) != theirs.get(n)]
-    told = [f"{n} is {_plain(theirs.get(n))} there, {_plain(ours.get(n))} here" for n in apart]
+    both = [[_plain(fields_.get(n, "absent")) for fields_ in (theirs, ours)] for n in apart]
+    told = [f"{n} is {a} there, {b} here" for n, (a, b) in zip(apart, both, strict=True)]
     raise ValueError(
         f"config.model and {name} are not the same architecture; {name} holds {describe(found)}"
         f"{': ' if told else ''}{'; '.join(told)}. {differs}"
@@ -139,4 +158,4 @@ def _plain(value: Any) -> str:
     """A value as a config takes it."""
     if dataclasses.is_dataclass(value):
         value = {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
-    return "absent" if value is None else str(value)
+    return str(value)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
-from policymix.models import pi0
+from policymix.models import pi0, recognize
 from policymix.models.config import Pi0Config
 from policymix.models.network import Pi0, attention_mask
 from policymix.structs import Array, Observation, Params, typechecked
@@ -41,7 +41,8 @@ def generate(
     Returns:
       (tokens, 0 from the end on; whether each stands before the end).
     """
-    pi0.check_observation(config, observation)
+    pi0.check_prefix(config, observation)
+    recognize.check(recognize.paligemma(pi0.shapes(config)), params, "params", whole=False)
     key = jax.random.key(0) if key is None else key
     return _generate(config, params, observation, temperature, key, max_new_tokens, eos_id)
 

@@ -8,23 +8,24 @@ import collections
 import dataclasses
 import importlib.metadata
 import pathlib
-import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from policymix import files, hub, memory, metrics
-from policymix.checkpoints import assets, copies, jobs, keymaps, outputs, provenance, store
+from policymix.checkpoints import assets, copies, jobs, outputs, provenance, store
+from policymix.checkpoints.leaves import Leaf
 from policymix.models import pi0, recognize
 from policymix.runs import policies
-from policymix.runs.beside import Beside
+from policymix.runs.policy_files import PolicyFiles
 from policymix.transforms.normalize import Stats
 
 RECORD = "convert.json"
 DTYPES = ("float32", "bfloat16", "float16")
+_OPEN_PI_ZERO = "open_pi_zero"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,58 +52,72 @@ def convert(config: ml_collections.ConfigDict, request: Request) -> dict[str, An
       ValueError, OSError: bad input; one clear message, and no output.
     """
     _check_request(request)
-    model = policies.optional_model(config)
-    opened, tree = _open(request, model)
-    output = outputs.choose([opened], 0, request.format)
-    leaves = output.select(opened, policies.siglip_heads(model))
-    dtypes = {path: _dtype(leaf.dtype, request.dtype) for path, leaf in leaves.items()}
-    stats, others = _norm_stats(request, config.data.asset_id)
-    kinds = {str(dtype) for dtype in dtypes.values()}
-    beside = Beside(output, model, config.data, None if stats is None else stats[1], kinds)
-    beside.check()
-    if output.format == "lerobot" and (lacking := beside.note()):
-        raise ValueError(f"--format=lerobot: {lacking}")
-    told = {
-        "policymix": importlib.metadata.version("policymix"),
-        "checkpoint": _absolute(opened.name),
-        "fingerprint": provenance.fingerprint(opened.name),
-        "format": output.format,
-        "holds": recognize.describe(tree),
-        "lora_merged": opened.lora,
-        "dtypes": dict(collections.Counter(map(str, dtypes.values()))),
-    }
-    print(f"{opened.name}: {opened.format}, {told['holds']}, {len(leaves)} arrays")
-    merged = f", {opened.lora} low-rank updates merged" if opened.lora else ""
-    print(f"  → {request.output}: {output.format}, {told['dtypes']}{merged}")
-    named = ", ".join([*others, stats[0]] if stats else others) or "none"
-    print(f"  norm stats: {named}")
-    if note := beside.note():
-        print(f"  {note}")
+    plan = _plan(config, request)
+    print("\n".join(plan.lines()))
     if request.dry_run:
         print("dry run: nothing was written")
-        return told
+        return plan.told
     memory.keep_freed()
-    files.check_space(request.output, sum(x.size * dtypes[p].itemsize for p, x in leaves.items()))
+    nbytes = sum(leaf.size * plan.dtypes[path].itemsize for path, leaf in plan.leaves.items())
+    files.check_space(request.output, nbytes)
     with files.whole_directory(request.output, overwrite=request.overwrite) as partial:
-        shapes = {path: (leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
-        with output.sink(partial, shapes) as sink:
-            total = sum(leaf.size for leaf in leaves.values())
-            with metrics.Progress("converting", total, lines=5) as shown:
-                told["not_finite"] = copies.copy(leaves, sink, dtypes, progress=shown.step)
-            output.finish(partial, sink, list(shapes), stats)
-        beside.write(partial)
-        for asset_id, one in others.items():
-            assets.write_norm_stats(output.assets(partial) / asset_id / assets.NORM_STATS, one)
-        if trainings := assets.trainings_of(request.checkpoint):
-            folder = output.assets(partial) / (stats[0] if stats else "mixed")
-            assets.write_episodes(folder / assets.EPISODES, trainings)
-        if provenance.fingerprint(opened.name) != told["fingerprint"]:
-            raise ValueError(f"{opened.name} changed while it was read: convert it again")
-        files.write_json(partial / RECORD, told)
-    if bad := told["not_finite"]:
+        plan.told["not_finite"] = bad = plan.write(partial)
+        if provenance.fingerprint(request.checkpoint) != plan.told["fingerprint"]:
+            raise ValueError(f"{request.checkpoint} changed while it was read: convert it again")
+        files.write_json(partial / RECORD, plan.told)
+    if bad:
         print(f"WARNING: {len(bad)} arrays hold NaN or infinity, such as {bad[0]}")
     print(f"written to {request.output}")
-    return told
+    return plan.told
+
+
+class _Plan(NamedTuple):
+    """What is copied to where.
+
+    Attributes:
+      leaves: by path or tensor name, as the output has them; dtypes: of the output.
+      stats: (asset id, normalisation) of the output; others: further robots' that it keeps.
+      beside: what stands beside PyTorch tensors. told: what convert.json is to say.
+    """
+
+    request: Request
+    output: outputs.Output
+    leaves: Mapping[str, Leaf]
+    dtypes: Mapping[str, np.dtype]
+    stats: tuple[str, Stats] | None
+    others: Mapping[str, Stats]
+    beside: PolicyFiles
+    told: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        told, request = self.told, self.request
+        lora = told["lora_merged"]
+        merged = f", {lora} low-rank updates merged" if lora else ""
+        named = ", ".join([*self.others, self.stats[0]] if self.stats else self.others) or "none"
+        return [
+            f"{request.checkpoint}: {told['from']}, {told['holds']}, {len(self.leaves)} arrays",
+            f"  → {request.output}: {told['format']}, {told['dtypes']}{merged}",
+            f"  norm stats: {named}",
+            *(f"  {note}" for note in [self.beside.note()] if note),
+        ]
+
+    def write(self, directory: pathlib.Path) -> list[str]:
+        """Into a directory in the making; the arrays that hold NaN or infinity."""
+        shapes = {path: (leaf.shape, self.dtypes[path]) for path, leaf in self.leaves.items()}
+        with self.output.sink(directory, shapes) as sink:
+            total = sum(leaf.size for leaf in self.leaves.values())
+            with metrics.Progress("converting", total, lines=5) as shown:
+                bad = copies.copy(self.leaves, sink, self.dtypes, progress=shown.step)
+            self.output.finish(directory, sink, list(shapes), self.stats)
+        self.beside.write(directory)
+        folder = self.output.assets(directory)
+        for asset_id, stats in self.others.items():
+            assets.write_norm_stats(folder / asset_id / assets.NORM_STATS, stats)
+        if trainings := assets.trainings_of(self.request.checkpoint):
+            beside = self.stats[0] if self.stats else "robot"
+            assets.write_episodes(folder / beside / assets.EPISODES, trainings)
+        return bad
 
 
 def _check_request(request: Request) -> None:
@@ -116,38 +131,77 @@ def _check_request(request: Request) -> None:
 
 
 def _is_ours(path: pathlib.Path) -> bool:
-    return path.is_dir() and ((path / RECORD).is_file() or not any(path.iterdir()))
+    if not path.is_dir():
+        return False
+    converted = (path / RECORD).is_file() and not (path / "mix.json").exists()
+    return converted or not any(path.iterdir())
 
 
-def _absolute(name: str) -> str:
-    return name if hub.is_remote(name) else str(files.local(name))
-
-
-def _open(request: Request, model: pi0.Pi0Config | None) -> tuple[store.Checkpoint, Any]:
-    """The checkpoint, and the leaves of our tree by path.
-
-    ValueError where they are not the model's, or cannot become what is asked.
+def _plan(config: ml_collections.ConfigDict, request: Request) -> _Plan:
+    """Everything that headers tell. ValueError where the checkpoint is not the model's, or cannot
+    become what is asked.
     """
-    opened = store.open_checkpoint(
-        request.checkpoint, merge_lora=request.merge_lora, lora_scale=_lora_scale(model)
-    )
-    name, tree = opened.name, opened.tree(policies.siglip_heads(model))
-    foreign = opened.place.kind == "pt"
-    alone = "action_in_proj/kernel" not in tree
-    if request.format != "orbax" and (foreign or alone):
-        kind = "an open-pi-zero, which other programs compute otherwise" if foreign else "no π0"
-        raise ValueError(f"{name} is {kind}: it can be converted to --format=orbax alone")
+    model, name = policies.optional_model(config), request.checkpoint
+    opened = policies.open_checkpoint(name, model, merge_lora=request.merge_lora)
+    heads = model.siglip_heads if model else None
+    tree = opened.tree(heads)
+    variant = _check_variant(opened, model, request)
+    whole = "action_in_proj/kernel" in tree
+    if request.format != "orbax" and not whole:
+        raise ValueError(f"{name} is no π0: it can be converted to --format=orbax alone")
     if request.format != "orbax" and any("lora" in path for path in tree):
         raise ValueError(
             f"{name} has low-rank updates, which --format={request.format} has no names for: pass "
             "--merge_lora to add them to their weights"
         )
-    if model is not None and not alone:
+    if model is not None and whole:
         wanted = model.without_lora() if request.merge_lora else model
         recognize.check(pi0.shapes(wanted), tree, name)
-    if foreign or opened.format == "safetensors":  # names that nothing is written by
+    source = opened.format if opened.place.kind != "pt" else "pt"
+    if source in ("pt", "safetensors"):  # names that nothing is written by
         opened = dataclasses.replace(opened, format="orbax", leaves=tree, files=None)
-    return opened, tree
+    output = outputs.choose([opened], 0, request.format)
+    leaves = output.select(opened, heads)
+    dtypes = {path: _dtype(leaf.dtype, request.dtype) for path, leaf in leaves.items()}
+    stats, others = _norm_stats(request, config.data.asset_id)
+    kinds = {str(dtype) for dtype in dtypes.values()}
+    beside = PolicyFiles(output, model, config.data, None if stats is None else stats[1], kinds)
+    beside.check()
+    if output.format == "lerobot" and model is None and beside.needed:
+        raise ValueError(f"--format=lerobot: {beside.note()}")
+    told = {
+        "policymix": importlib.metadata.version("policymix"),
+        "checkpoint": name if hub.is_remote(name) else str(files.local(name)),
+        "fingerprint": provenance.fingerprint(name),
+        "from": source,
+        "format": output.format,
+        "holds": recognize.describe(tree),
+        "variant": variant,
+        "lora_merged": opened.lora,
+        "dtypes": dict(collections.Counter(map(str, dtypes.values()))),
+    }
+    return _Plan(request, output, leaves, dtypes, stats, others, beside, told)
+
+
+def _check_variant(opened: store.Checkpoint, model: pi0.Pi0Config | None, request: Request) -> str:
+    """Whose conventions a checkpoint has, which no array tells: its file's kind does, or the record
+    of an earlier conversion.
+    """
+    place, foreign = opened.place, opened.place.kind == "pt"
+    for record in (place.directory / RECORD, place.directory.parent / RECORD):
+        if record.is_file():
+            foreign |= files.read_json(record).get("variant") == _OPEN_PI_ZERO
+    if foreign and request.format != "orbax":
+        raise ValueError(
+            f"{opened.name} is an open-pi-zero, which other programs compute otherwise: it can be "
+            "converted to --format=orbax alone"
+        )
+    if foreign and model is not None and not model.open_pi_zero:
+        raise ValueError(
+            f"{opened.name} is an open-pi-zero, config.model.variant is {model.variant!r}: pass "
+            "--config=configs/pi0_bridge.py or pi0_fractal.py"
+        )
+    return _OPEN_PI_ZERO if foreign or (model and model.open_pi_zero) else "openpi"
 
 
 def _norm_stats(
@@ -157,23 +211,12 @@ def _norm_stats(
     an Orbax output keeps all. ValueError where one of several must be chosen.
     """
     found = assets.find(request.checkpoint, assets.NORM_STATS)
-    if asset_id or request.format != "orbax" or len(found) < 2:
-        return assets.norm_stats_of(request.checkpoint, asset_id or None), {}
-    return None, {name: assets.read_norm_stats(path) for name, path in found.items()}
-
-
-def _lora_scale(model: pi0.Pi0Config | None) -> Callable[[str], float]:
-    """alpha / rank of an attention weight's update, by its path: 1 where no config says."""
-    if model is None:
-        return lambda path: 1.0
-    sizes = model.paligemma_variant, model.action_expert_variant
-
-    def scale(path: str) -> float:
-        expert = re.fullmatch(keymaps.GROUPS["action_expert"], path) is not None
-        lora = sizes[expert].lora
-        return 1.0 if lora is None else lora.scale
-
-    return scale
+    if not asset_id and request.format == "orbax" and len(found) > 1:
+        return None, {name: assets.read_norm_stats(path) for name, path in found.items()}
+    stats = assets.norm_stats_of(request.checkpoint, asset_id or None)
+    if stats is None or any(found):
+        return stats, {}
+    return (asset_id or "robot", stats[1]), {}  # what has no name yet
 
 
 def _dtype(stored: np.dtype, wanted: str) -> np.dtype:

@@ -49,7 +49,8 @@ class Encoder:
         tokens, mask = self._tokens(raw["prompt"], state) if self._tokenizer else (None, None)
         images = {camera: self._picture(raw["images"][camera], camera) for camera in self.cameras}
         masks = {camera: np.ones(len(state), bool) for camera in self.cameras}
-        return Observation(images, masks, _pad(state, self.model.proprio_dim), tokens, mask)
+        proprio = _pad(state, self.model.proprio_dim)
+        return masked(self.seen, Observation(images, masks, proprio, tokens, mask))
 
     def batch(self, raw: Mapping[str, Any]) -> Batch:
         """The same with the "actions" [b, h, a] that follow."""
@@ -116,18 +117,35 @@ def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, 
             "no picture feature that it is theirs: name it, as --config.data.cameras."
             f"{lacking[0]}=FEATURE, or say =absent where the robot has no such camera"
         )
-    return {c: named[c] for c in model.image_keys if named[c] != ABSENT}
+    return present(model, data)
 
 
 def masked(model: pi0.Pi0Config, observation: Observation) -> Observation:
     """An observation with every camera of the model: absent ones are black and masked."""
-    size, images, masks = len(observation.proprio), {}, {}
-    for camera in model.image_keys:
-        there = camera in observation.images
-        black = np.zeros((0 if there else size, *model.image_resolution, 3), np.uint8)
-        images[camera] = observation.images[camera] if there else black
-        masks[camera] = observation.image_masks[camera] if there else np.zeros(size, bool)
+    size = len(observation.proprio)
+    absent = [camera for camera in model.image_keys if camera not in observation.images]
+    black = np.zeros((size if absent else 0, *model.image_resolution, 3), np.uint8)
+    images = dict.fromkeys(absent, black) | dict(observation.images)
+    masks = dict.fromkeys(absent, np.zeros(size, bool)) | dict(observation.image_masks)
     return observation.replace(images=images, image_masks=masks)
+
+
+def present(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, str]:
+    """{camera of the model: what the config says of it}, without those that are absent."""
+    named = {camera: data.cameras.get(camera, "") for camera in model.image_keys}
+    return {camera: feature for camera, feature in named.items() if feature != ABSENT}
+
+
+def sentencepiece(name: str, max_token_len: int) -> tokenizer.SentencePieceTokenizer:
+    """What config.data.tokenizer names. ValueError where it is none of PaliGemma's kind."""
+    if name == "paligemma":
+        return tokenizer.paligemma(max_token_len)
+    if name.endswith(".model"):
+        return tokenizer.SentencePieceTokenizer(name, max_token_len)
+    raise ValueError(
+        f"config.data.tokenizer is {name!r}; expected paligemma, the path of a SentencePiece "
+        ".model, bytes or words"
+    )
 
 
 def _tokenizer(model: pi0.Pi0Config, name: str) -> tokenizer.ByteTokenizer | None:
@@ -138,15 +156,8 @@ def _tokenizer(model: pi0.Pi0Config, name: str) -> tokenizer.ByteTokenizer | Non
         return tokenizer.WordTokenizer(model.max_token_len, model.vocab_size)
     if name == "bytes":
         made = tokenizer.ByteTokenizer(model.max_token_len)
-    elif name == "paligemma":
-        made = tokenizer.paligemma(model.max_token_len)
-    elif name.endswith(".model"):
-        made = tokenizer.SentencePieceTokenizer(name, model.max_token_len)
     else:
-        raise ValueError(
-            f"config.data.tokenizer is {name!r}; expected paligemma, the path of a SentencePiece "
-            ".model, bytes or words"
-        )
+        made = sentencepiece(name, model.max_token_len)
     if model.vocab_size < made.vocab_size:
         raise ValueError(
             f"config.model.vocab_size is {model.vocab_size}; the tokenizer {name!r} needs "

@@ -1,7 +1,6 @@
 """Text from a picture and a prompt, by PaliGemma alone or by the PaliGemma within a π0."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +9,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from policymix import trees
-from policymix.checkpoints import keymaps, layout, leaves, store
+from policymix.checkpoints import layout, store
 from policymix.data import pictures, tokenizer
 from policymix.models import pi0, recognize, text
-from policymix.runs import policies
+from policymix.runs import encoding, policies
 from policymix.structs import Observation
 
-_EMBEDDER = "PaliGemma/llm/embedder/input_embedding"
 _LONGEST = 512  # tokens of a prompt: longer ones are cut, with a warning
 
 
@@ -42,17 +39,18 @@ def generate(config: ml_collections.ConfigDict, request: Request) -> str:
       ValueError, OSError: no checkpoint, no tokenizer, or no picture.
     """
     _check(request)
-    header = store.open_params(request.checkpoint)
+    given = policies.optional_model(config)
+    header = store.open_params(request.checkpoint, given.siglip_heads if given else None)
     coder = _tokenizer(config.data.tokenizer, request.checkpoint)
     tokens, kept = coder.encode([request.prompt + "\n"])
     length = int(kept.sum())
-    model = _model(config, header, request, length)
-    if model.vocab_size < coder.vocab_size:
+    header = policies.cut_vocabulary(recognize.paligemma(header), coder.vocab_size)
+    model = _model(given, header, request, length)
+    if model.vocab_size != coder.vocab_size:
         raise ValueError(
             f"{request.checkpoint} has {model.vocab_size} tokens, the tokenizer "
             f"{coder.vocab_size}: it is another model's"
         )
-    model = dataclasses.replace(model, vocab_size=coder.vocab_size)
     images = {}
     if request.image:
         images = {"image": pictures.read_file(request.image, model.image_resolution)[None]}
@@ -68,7 +66,7 @@ def generate(config: ml_collections.ConfigDict, request: Request) -> str:
     if request.dry_run:
         print("dry run: nothing was computed")
         return ""
-    params = policies.read_params(_language(header, coder.vocab_size), request.dtype)
+    params = policies.read_params(header, request.dtype)
     started = time.monotonic()
     written, real = text.generate(
         model,
@@ -93,35 +91,29 @@ def _check(request: Request) -> None:
         raise ValueError(f"--temperature is {request.temperature}; expected 0 or more")
 
 
-def _model(config, header: Mapping[str, Any], request: Request, length: int) -> pi0.Pi0Config:
+def _model(
+    given: pi0.Pi0Config | None, header: Mapping[str, Any], request: Request, length: int
+) -> pi0.Pi0Config:
     """The model of the checkpoint, or of the config where one is given, with one camera."""
+    name, told = request.checkpoint, recognize.fields(header)
+    if "paligemma_variant" not in told or "vocab_size" not in told:
+        raise ValueError(f"{name} has no language model with a vocabulary: it cannot write")
+    if request.image and "siglip_variant" not in told:
+        raise ValueError(f"{name} has no vision tower: leave --image out")
     cameras = ("image",) if request.image else ()
-    given = {"image_keys": cameras, "max_token_len": length, "dtype": request.dtype}
-    if request.image and "img" not in header["PaliGemma"]:
-        raise ValueError(f"{request.checkpoint} has no vision tower: leave --image out")
-    if config.model:
-        return dataclasses.replace(policies.model_config(config, why="text"), **given)
-    return recognize.model(header, **given)
-
-
-def _language(header: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Without action expert and projections, and with the tokens that the tokenizer knows: the
-    vocabulary of a PaliGemma from Hugging Face has 64 rows more, which nothing is trained to say.
-    """
-    flat = trees.flatten(header)
-    kept = [p for p in flat if not any(re.fullmatch(r, p) for r in keymaps.NOT_PALIGEMMA)]
-    found = {path: flat[path] for path in kept}
-    found[_EMBEDDER] = leaves.Rows(flat[_EMBEDDER], vocab_size)
-    return trees.unflatten(found)
+    fields = {"image_keys": cameras, "max_token_len": length, "dtype": request.dtype}
+    if given is None:
+        return recognize.model(header, **fields)
+    model = dataclasses.replace(given, vocab_size=told["vocab_size"], **fields)
+    recognize.check(recognize.paligemma(pi0.shapes(model)), header, name, whole=False)
+    return model
 
 
 def _tokenizer(name: str, checkpoint: str) -> tokenizer.SentencePieceTokenizer:
-    """The one named in the config, else the tokenizer.model beside the checkpoint, as Hugging Face
-    publishes it, else PaliGemma's from the cache or the hub.
+    """The one that the config names; where that names none of PaliGemma's, the tokenizer.model
+    beside the checkpoint, as Hugging Face publishes it, else PaliGemma's from cache or hub.
     """
-    if name.endswith(".model"):
-        return tokenizer.SentencePieceTokenizer(name, _LONGEST)
-    beside = layout.find(checkpoint).directory / "tokenizer.model"
-    if beside.is_file():
-        return tokenizer.SentencePieceTokenizer(beside, _LONGEST)
-    return tokenizer.paligemma(_LONGEST)
+    if name in ("bytes", "words"):  # of small policies, which have nothing to say
+        beside = layout.find(checkpoint).directory / "tokenizer.model"
+        name = str(beside) if beside.is_file() else "paligemma"
+    return encoding.sentencepiece(name, _LONGEST)

@@ -15,6 +15,8 @@ import numpy as np
 from policymix import trees
 from policymix.checkpoints import assets, blocks, outputs, provenance, store, streaming
 from policymix.checkpoints.leaves import Leaf
+from policymix.models import pi0
+from policymix.runs import policies
 from policymix.transforms import normalize
 
 NORM_STATS = "equal", "pool", "average"  # else a path
@@ -150,7 +152,7 @@ class Inputs:
             kinds = ", ".join(sorted({str(leaf.dtype) for leaf in flat.values()}))
             size = sum(leaf.nbytes for leaf in flat.values()) / 1e6
             role = "base " if k == self.base else "input"
-            lora = f", {one.lora} low-rank updates merged (alpha = rank)" if one.lora else ""
+            lora = f", {one.lora} low-rank updates merged" if one.lora else ""
             lines.append(
                 f"{role} {one.name}: {one.format}, {len(flat)} arrays, "
                 f"{sum(math.prod(leaf.shape) for leaf in flat.values()):,} parameters, {kinds}, "
@@ -186,20 +188,22 @@ def open_inputs(
     base: str = "",
     base_is_mixed: bool = False,
     wanted: str = "",
-    siglip_heads: int | None = None,
+    model: pi0.Pi0Config | None = None,
 ) -> Inputs:
     """Reads all headers and compares them; no array is read.
 
     Args:
       wanted: the format of the mix; "" is that of the first of `checkpoints`.
-      siglip_heads: what PyTorch checkpoints do not tell.
+      model: the config's, for what checkpoints do not tell: the vision tower's heads in PyTorch,
+        and the scale of low-rank updates.
 
     Raises:
       FileNotFoundError, ValueError: one is missing, damaged, of another architecture, or given
         twice.
     """
     names = (base, *checkpoints) if base else tuple(checkpoints)
-    opened = tuple(store.open_checkpoint(name, merge_lora=True) for name in names)
+    opened = tuple(policies.open_checkpoint(name, model, merge_lora=True) for name in names)
+    siglip_heads = model.siglip_heads if model else None
     output = outputs.choose(opened, 1 if base else 0, wanted)
     flats = tuple(output.select(one, siglip_heads) for one in opened)
     for name, flat in zip(names[1:], flats[1:], strict=True):

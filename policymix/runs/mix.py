@@ -18,11 +18,12 @@ import numpy as np
 from policymix import files, hub, memory, metrics, trees
 from policymix.checkpoints import assets, blocks, layout, provenance, store, streaming
 from policymix.data import validation as validation_lib
+from policymix.models import pi0, recognize
 from policymix.reports import mixes, tables
 from policymix.runs import advice, landscapes, policies, repeats, requests, searches
 from policymix.runs import inputs as inputs_lib
 from policymix.runs import judge as judge_lib
-from policymix.runs.beside import Beside
+from policymix.runs.policy_files import PolicyFiles
 from policymix.runs.requests import Request
 from policymix.transforms import normalize
 
@@ -47,7 +48,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
         base=base,
         base_is_mixed=method == "interpolate",
         wanted=request.format,
-        siglip_heads=policies.siglip_heads(policies.optional_model(config)),
+        model=policies.optional_model(config),
     )
     task = Task(config, request, method, inputs, _judge(config, request, inputs), repeat)
     task.check()
@@ -119,7 +120,11 @@ class Task:
         elif self.groups:
             given = dict.fromkeys(self.groups.values(), given)
         stats, dtypes = self.norm_stats(given), self.dtypes()
-        self.beside(stats[1] if stats else None, dtypes).check()
+        beside = self.beside(stats[1] if stats else None, dtypes)
+        if beside.needed and beside.model is not None:
+            shapes = pi0.shapes(beside.model.without_lora())
+            recognize.check(shapes, self.inputs.tree(0), self.inputs.names[0])
+        beside.check()
         if self.request.landscape and self.judge is None:
             raise ValueError("--landscape needs validation batches: pass --validation=FILE.npz")
         if self.request.landscape:
@@ -130,11 +135,11 @@ class Task:
         of_base = self.method == "interpolate"
         return self.inputs.dtypes(self.config.mix.dtype, of_base=of_base)
 
-    def beside(self, stats: normalize.Stats | None, dtypes: Mapping[str, np.dtype]) -> Beside:
+    def beside(self, stats: normalize.Stats | None, dtypes: Mapping[str, np.dtype]) -> PolicyFiles:
         """The small files beside the mix."""
         config, kinds = self.config, {str(dtype) for dtype in dtypes.values()}
         model = policies.optional_model(config)
-        return Beside(self.inputs.output, model, config.data, stats, kinds)
+        return PolicyFiles(self.inputs.output, model, config.data, stats, kinds)
 
     def norm_stats(self, coefficients) -> tuple[str, Any] | None:
         """(asset id, the mix's normalisation); None where the inputs have none."""
@@ -183,7 +188,7 @@ def _judge(
     """What measures losses, where there is validation data."""
     if not request.validation:
         return None
-    model = policies.model_config(config, why=f"a loss on {request.validation}")
+    model = policies.model_config(config, why=f"a loss on {request.validation}").without_lora()
     path = pathlib.Path(request.validation)
     held_out = config.mix.held_out
     if not 0 <= held_out < 1:

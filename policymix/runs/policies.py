@@ -1,6 +1,7 @@
 """From a config to a policy: the model's configuration, its loss, and checkpoints that act."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from policymix import metrics
-from policymix.checkpoints import assets, store
+from policymix import metrics, trees
+from policymix.checkpoints import assets, keymaps, leaves, store
 from policymix.checkpoints.leaves import Leaf
-from policymix.models import pi0, recognize, siglip
+from policymix.models import pi0, recognize
 from policymix.runs import encoding
 from policymix.structs import LossFn, Observation, Params
+
+VOCABULARY_PADDING = 64  # rows
 
 
 def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Config:
@@ -38,24 +41,51 @@ def optional_model(config: ml_collections.ConfigDict) -> pi0.Pi0Config | None:
     return model_config(config, why="a policy") if config.model else None
 
 
-def siglip_heads(model: pi0.Pi0Config | None) -> int | None:
-    """The vision tower's number of heads, which PyTorch checkpoints do not tell; None without a
-    model, or one with pictures.
+def open_checkpoint(
+    name: str, model: pi0.Pi0Config | None, *, merge_lora: bool
+) -> store.Checkpoint:
+    """`store.open_checkpoint`, low-rank updates scaled as the config says; by 1 where it has none,
+    as OpenPI's variants are.
+
+    Raises:
+      ValueError: as there, or updates of another rank than the config's.
     """
-    if model is None or not model.image_keys:
-        return None
-    return siglip.size(model.siglip_variant).num_heads
+    sizes = (model.paligemma_variant, model.action_expert_variant) if model else ()
+    loras = [size.lora for size in sizes]
+    if not merge_lora or not any(loras):
+        return store.open_checkpoint(name, merge_lora=merge_lora)
+
+    def scale(path: str) -> float:
+        expert = re.fullmatch(keymaps.GROUPS["action_expert"], path) is not None
+        return loras[expert].scale if loras[expert] else 1.0
+
+    opened = store.open_checkpoint(name, merge_lora=True, lora_scale=scale)
+    if opened.lora:
+        recognize.check(pi0.shapes(model), store.open_checkpoint(name).leaves, name)
+    return opened
 
 
-def read_params(header: Mapping[str, Any], dtype: str) -> Params:
-    """Reads leaves one by one, each put on the device in `dtype` before the next is read."""
+def cut_vocabulary(tree: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """A tree of leaves with the first `size` rows of its vocabulary: that of a PaliGemma as Hugging
+    Face publishes it has rows that pad it, and that nothing was trained to say.
+    """
+    flat, path = trees.flatten(tree), keymaps.EMBEDDER
+    if path in flat and size < flat[path].shape[0] <= size + VOCABULARY_PADDING:
+        flat[path] = leaves.Rows(flat[path], size)
+    return trees.unflatten(flat)
+
+
+def read_params(header: Mapping[str, Any], dtype: str = "") -> Params:
+    """Reads leaves one by one, each put on the device before the next is read: in `dtype`, or as it
+    is stored.
+    """
     total = sum(leaf.size for leaf in jax.tree.leaves(header))
     with metrics.Progress("reading", total, lines=0) as shown:
 
         def read(leaf: Leaf) -> jax.Array:
             array = leaf.read()
-            floating = jnp.issubdtype(array.dtype, np.floating)
-            placed = jax.device_put(array.astype(dtype) if floating else array)
+            cast = bool(dtype) and jnp.issubdtype(array.dtype, np.floating)
+            placed = jax.device_put(array.astype(dtype) if cast else array)
             shown.step(leaf.size)
             return placed
 
@@ -91,7 +121,7 @@ class Policy:
           ValueError, OSError: no checkpoint, another architecture, or no norm stats beside it.
         """
         self.name, self.model = checkpoint, model
-        self.header = store.open_params(checkpoint, siglip_heads(model))
+        self.header = store.open_params(checkpoint, model.siglip_heads)
         recognize.check(pi0.shapes(model), self.header, checkpoint)
         found = assets.norm_stats_of(checkpoint, config.data.asset_id or None)
         if found is None:
@@ -105,7 +135,7 @@ class Policy:
     def load(self) -> Params:
         """The parameters, on the device; read once."""
         if self._params is None:
-            self._params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), dict(self.header))
+            self._params = read_params(self.header)
         return self._params
 
     def unload(self) -> None:

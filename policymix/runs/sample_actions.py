@@ -12,9 +12,9 @@ import ml_collections
 import numpy as np
 
 from policymix import memory, trees
-from policymix.checkpoints import keymaps, store
+from policymix.checkpoints import keymaps, layout, store
 from policymix.models import pi0, recognize
-from policymix.runs import policies
+from policymix.runs import encoding, policies
 from policymix.structs import Observation
 
 _COPIED = 2**28  # bytes, of which the bandwidth is measured
@@ -41,21 +41,15 @@ def sample(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any
     for name in ("batch_size", "num_samples", "num_calls"):
         if getattr(request, name) < 1:
             raise ValueError(f"--{name} is {getattr(request, name)}; at least 1 is needed")
-    model, header = policies.optional_model(config), None
-    if request.checkpoint:
-        header = store.open_params(request.checkpoint, policies.siglip_heads(model))
-        model = model or recognize.model(header)
-    elif model is None:
-        model = policies.model_config(config, why="a policy")  # which says what to give
-    shapes = pi0.shapes(model)
-    if header is not None:
-        recognize.check(shapes, header, request.checkpoint)
+    model, header = _open(config, request)
     steps = config.evaluate.num_flow_steps
+    shapes = pi0.shapes(model)
     print(f"{recognize.describe(shapes)}: {trees.num_params(shapes):,} parameters in {model.dtype}")
     if request.dry_run:
         print("dry run: nothing was computed")
         return {}
     params = _params(model, header, request.seed)
+    model = model.seeing(encoding.present(model, config.data))
     rng = np.random.default_rng(request.seed)
     observation = random_observation(model, request.batch_size, rng)
     shape = (request.batch_size, request.num_samples, model.action_horizon, model.action_dim)
@@ -69,6 +63,23 @@ def sample(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any
     if not np.isfinite(actions).all():
         raise FloatingPointError("the actions are not finite: the parameters hold NaN or infinity")
     return _report(params, actions, seconds, steps)
+
+
+def _open(config: ml_collections.ConfigDict, request: Request) -> tuple[pi0.Pi0Config, Any]:
+    """The model, and the leaves of its checkpoint; None without one."""
+    model = policies.optional_model(config)
+    if not request.checkpoint:
+        return model or policies.model_config(config, why="a policy"), None
+    header = store.open_params(request.checkpoint, model.siglip_heads if model else None)
+    foreign = layout.find(request.checkpoint).kind == "pt"
+    if foreign and not (model and model.open_pi_zero):
+        raise ValueError(
+            f"{request.checkpoint} is an open-pi-zero, whose conventions no array tells: pass "
+            "--config=configs/pi0_bridge.py or pi0_fractal.py"
+        )
+    model = model or recognize.model(header)
+    recognize.check(pi0.shapes(model), header, request.checkpoint)
+    return model, header
 
 
 def random_observation(
@@ -115,21 +126,23 @@ def _report(params, actions: np.ndarray, seconds: list[float], num_flow_steps: i
         f"{told['peak_bytes'] / 1e9:.2f} GB"
     )
     print(
-        f"reading the parameters alone takes {told['floor_ms']:.1f} ms at the device's measured "
-        f"bandwidth: {100 * floor / p50:.0f} % of the time"
+        f"reading the parameters from memory alone would take about {told['floor_ms']:.1f} ms, at "
+        "the bandwidth that copying has here"
     )
     return told
 
 
 def bytes_read(params: Any, num_flow_steps: int) -> int:
-    """Bytes of parameters that one call reads: PaliGemma's once, the action expert's and its
-    projections at every flow step, and of the vocabulary next to nothing.
+    """About the bytes of parameters that one call reads: the action expert and its projections at
+    every flow step; PaliGemma, and what depends on the flow's times alone, once; of the vocabulary
+    next to nothing.
     """
     total = 0
     for path, leaf in trees.flatten(params).items():
-        expert = any(re.fullmatch(regex, path) for regex in keymaps.NOT_PALIGEMMA)
-        if not path.endswith("input_embedding"):
-            total += leaf.nbytes * (num_flow_steps if expert else 1)
+        again = any(re.fullmatch(regex, path) for regex in keymaps.NOT_PALIGEMMA)
+        of_time = re.fullmatch(r".*_1/Dense_0/.*|time_mlp_(in|out)/.*", path)
+        if path != keymaps.EMBEDDER:
+            total += leaf.nbytes * (num_flow_steps if again and not of_time else 1)
     return total
 
 

@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from policymix import files, memory, metrics, sharding, trees
-from policymix.checkpoints import assets, keymaps, leaves, series, store
+from policymix.checkpoints import assets, keymaps, series, store
 from policymix.models import lora, pi0, recognize
 from policymix.runs import pipeline as pipeline_lib
 from policymix.runs import policies
@@ -62,7 +62,7 @@ def train(
     _print_plan(config, model, pipeline, like, mesh, workdir)
     seen = pipeline.encoder.seen
     loss_fn = policies.loss_fn(seen)
-    filled = None if resumed else _fill(config, like)
+    filled = None if resumed else _fill(config, model, like)
     if dry_run:
         jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
         print("dry run: nothing was computed, nothing was written")
@@ -240,16 +240,18 @@ def _initial_params(filled: trees.Filled | None, model, like: TrainState, places
     return trees.map_with_path(put, filled.tree, like.params, places.params)
 
 
-def _fill(config: ml_collections.ConfigDict, like: TrainState) -> trees.Filled | None:
+def _fill(
+    config: ml_collections.ConfigDict, model: pi0.Pi0Config, like: TrainState
+) -> trees.Filled | None:
     """The headers of config.train.init_from in the model's tree; says what comes from where."""
     if not config.train.init_from:
         print(f"all {len(jax.tree.leaves(like.params))} arrays are newly initialised")
         return None
-    header = store.open_params(config.train.init_from)
+    header = store.open_params(config.train.init_from, model.siglip_heads)
     may_miss = [*config.train.init_missing, lora.PARAMETERS]
     if "action_in_proj" not in header:  # a PaliGemma, whose vocabulary may be padded
         may_miss += keymaps.NOT_PALIGEMMA
-        header = _without_padding(header, like.params)
+        header = policies.cut_vocabulary(header, model.vocab_size)
     try:
         filled = trees.fill(like.params, header, may_miss=tuple(may_miss))
     except ValueError as error:
@@ -261,15 +263,6 @@ def _fill(config: ml_collections.ConfigDict, like: TrainState) -> trees.Filled |
         f"ignored{_some(filled.ignored)}"
     )
     return filled
-
-
-def _without_padding(header: dict[str, Any], params: Any) -> dict[str, Any]:
-    """The vocabulary of a PaliGemma as published by Hugging Face has 64 rows more than it needs."""
-    flat, path = trees.flatten(header), "PaliGemma/llm/embedder/input_embedding"
-    wanted = trees.flatten(params).get(path)
-    if wanted is not None and path in flat and len(wanted) < flat[path].shape[0]:
-        flat[path] = leaves.Rows(flat[path], len(wanted))
-    return trees.unflatten(flat)
 
 
 def _some(paths: list[str]) -> str:

@@ -65,6 +65,18 @@ def test_gradients_do_not_tell_the_difference():
 # What is refused
 
 
+def test_open_pi_zero_keeps_absent_cameras_to_mask_them():
+    """Its positions count them."""
+    config = small_config(variant="open_pi_zero")
+    assert config.seeing(()) is config
+
+
+@pytest.mark.parametrize("names", [["base_0_rbg"], "base_0_rgb"])
+def test_cameras_that_the_policy_does_not_have_are_named(names):
+    with pytest.raises(ValueError, match="is not among"):
+        small_config().seeing(names)
+
+
 def changed(observation, name, change):
     images = dict(observation.images)
     images[name] = change(images[name])

@@ -85,6 +85,26 @@ def test_what_the_model_does_not_need_may_be_there():
         recognize.check(pi0.shapes(config.seeing(())), noisy_params(config), "params")
 
 
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("PaliGemma/llm/layers/attn/q_einsum/w", lambda x: x[0]),
+        ("PaliGemma/llm/layers/attn/q_einsum/w", lambda x: x[..., :7]),
+        ("PaliGemma/llm/layers/mlp_1/gating_einsum", lambda x: x[None]),
+        ("PaliGemma/img/pos_embedding", lambda x: x[0, 0, 0]),
+        (
+            "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel",
+            lambda x: x[:, :, :1],
+        ),
+    ],
+)
+def test_arrays_that_no_model_has_are_named(path, change):
+    config = small_config()
+    flat = trees.flatten(noisy_params(config))
+    with pytest.raises(ValueError, match=path):
+        recognize.check(pi0.shapes(config), flat | {path: change(flat[path])}, "params")
+
+
 def test_shapes_are_the_callers_own():
     first = pi0.shapes(small_config())
     first["PaliGemma"].clear()

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import ml_dtypes
@@ -16,7 +17,7 @@ from configs import pi0_libero, pi05_libero
 from policymix import trees
 from policymix.checkpoints import assets, keymaps, processors, safetensors, store
 from policymix.models import pi0
-from policymix.runs import convert, policies
+from policymix.runs import convert, mix, policies
 from policymix.transforms import normalize
 from tests import oracle
 from tests.models import text_test
@@ -149,6 +150,33 @@ def test_statistics_of_several_robots_all_stay_in_orbax(tmp_path):
         run(tmp_path / "step", tmp_path / "torch", "openpi")
 
 
+def test_a_copied_config_says_the_dtype_of_its_tensors(steps, tmp_path):
+    for form, field in (("lerobot", "dtype"), ("openpi", "precision")):
+        run(steps("pi0"), tmp_path / form, form, dtype="float32")
+        run(tmp_path / form, tmp_path / f"half_{form}", form, dtype="bfloat16")
+        one, two = (
+            json.loads((tmp_path / name / "config.json").read_text())
+            for name in (form, f"half_{form}")
+        )
+        assert (one[field], two[field]) == ("float32", "bfloat16")
+        assert one | {field: "bfloat16"} == two
+
+
+@pytest.mark.parametrize("form", ["openpi", "lerobot"])
+def test_tensors_without_a_config_of_their_own_get_one(form, steps, tmp_path):
+    run(steps("pi0"), tmp_path / "whole", form)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "whole/model.safetensors").rename(tmp_path / "bare/model.safetensors")
+    run(tmp_path / "bare", tmp_path / "out", form)
+    assert (tmp_path / "out/config.json").is_file()
+
+
+def test_float16_is_nothing_that_lerobot_computes_in(steps, tmp_path):
+    with pytest.raises(ValueError, match="float16"):
+        run(steps("pi0"), tmp_path / "out", "lerobot", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 # Low-rank updates
 
 
@@ -199,6 +227,24 @@ def test_updates_stay_in_orbax_and_are_refused_elsewhere(lora, tmp_path):
         run(path, tmp_path / "torch", "openpi", config)
 
 
+def test_updates_of_another_rank_than_the_configs_are_refused(lora, tmp_path):
+    config, path = lora
+    other = config.copy_and_resolve_references()
+    other.model.paligemma_variant.lora.rank = 4
+    with pytest.raises(ValueError, match="paligemma_variant is .*'rank': 2.* there, .*'rank': 4"):
+        run(path, tmp_path / "out", "orbax", other, merge_lora=True)
+
+
+def test_a_mix_scales_updates_as_a_conversion_does(lora, tmp_path):
+    config, path = lora
+    run(path, tmp_path / "plain", "orbax", config, merge_lora=True)
+    mix.mix(config, mix.Request(checkpoints=(str(path),), output=tmp_path / "mix"))
+    for array, other in zip(
+        *(jax.tree.leaves(store.load_params(tmp_path / n)) for n in ("plain", "mix")), strict=True
+    ):
+        np.testing.assert_allclose(array, other, rtol=1e-6)
+
+
 # PaliGemma alone
 
 
@@ -219,6 +265,20 @@ def test_paligemma_becomes_orbax(tmp_path):
         run(tmp_path / "pt_224.npz", tmp_path / "torch", "openpi", config)
 
 
+def test_open_pi_zeros_conventions_are_not_forgotten(tmp_path):
+    """No array tells them, so that what is converted has them on record."""
+    (tmp_path / "a").mkdir()
+    store.save_params(awkward("pi0"), tmp_path / "a/0")
+    config = config_of("pi0")
+    config.model.variant = "open_pi_zero"
+    told = run(tmp_path / "a", tmp_path / "b", "orbax", config)
+    assert told["variant"] == "open_pi_zero"
+    with pytest.raises(ValueError, match="b is an open-pi-zero, which other programs compute oth"):
+        run(tmp_path / "b", tmp_path / "c", "openpi", config)
+    with pytest.raises(ValueError, match="is an open-pi-zero, config.model.variant is 'openpi'"):
+        run(tmp_path / "b/0", tmp_path / "c", "orbax")
+
+
 # Dtypes, and numbers that are none
 
 
@@ -236,6 +296,10 @@ def test_numbers_that_do_not_fit_are_named_and_nan_is_kept_and_told(tmp_path, ca
     with pytest.raises(ValueError, match="'state_proj/bias' holds numbers that do not fit into fl"):
         run(tmp_path / "large", tmp_path / "out", "orbax", dtype="float16")
     assert not (tmp_path / "out").exists()
+    params["state_proj/bias"][9] = np.nan
+    store.save_params(trees.unflatten(params), tmp_path / "both")
+    with pytest.raises(ValueError, match="'state_proj/bias' holds numbers that do not fit into fl"):
+        run(tmp_path / "both", tmp_path / "out", "orbax", dtype="float16")
     params["state_proj/bias"] = np.where(np.arange(64) == 9, np.nan, 1).astype(np.float32)
     store.save_params(trees.unflatten(params), tmp_path / "nan")
     told = run(tmp_path / "nan", tmp_path / "out", "openpi")
@@ -273,6 +337,13 @@ def test_only_its_own_output_is_replaced(steps, tmp_path):
     with pytest.raises(FileExistsError, match="was not written by this command"):
         run(steps("pi0"), tmp_path / "mine", "openpi", overwrite=True)
     run(steps("pi0"), tmp_path / "out", "openpi")
+    mix.mix(
+        config_of("pi0"), mix.Request(checkpoints=(str(tmp_path / "out"),), output=tmp_path / "mix")
+    )
+    assert not (tmp_path / "mix/convert.json").exists()
+    (tmp_path / "mix/convert.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="was not written by this command"):
+        run(steps("pi0"), tmp_path / "mix", "openpi", overwrite=True)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         run(steps("pi0"), tmp_path / "out", "openpi")
     run(steps("pi0"), tmp_path / "out", "orbax", overwrite=True)
@@ -288,6 +359,19 @@ def test_a_damaged_checkpoint_leaves_nothing(steps, tmp_path):
     with pytest.raises(ValueError, match="truncated or damaged"):
         run(tmp_path / "whole", tmp_path / "out", "orbax")
     assert [p.name for p in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_bucket_is_no_place_to_write_to(steps):
+    with pytest.raises(ValueError, match="is not a local path: write to a local disk"):
+        run(steps("pi0"), "gs://bucket/out", "orbax")
+
+
+def test_a_mix_is_not_labelled_as_another_model(tmp_path):
+    request = mix.Request(
+        checkpoints=(str(oracle.step("pi0", "base")),), output=tmp_path / "out", format="lerobot"
+    )
+    with pytest.raises(ValueError, match="pi05 is False there, True here"):
+        mix.mix(config_of("pi05"), request)
 
 
 def test_a_dry_run_writes_nothing(steps, tmp_path):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
+from configs import common, pi0_libero
+from policymix import trees
 from policymix.checkpoints import safetensors, store
 from policymix.data import pictures
 from policymix.models import text
-from policymix.runs import generate_text
+from policymix.runs import generate_text, policies
 from tests import oracle, small_sentencepiece
 from tests.models import text_test
 
@@ -62,7 +63,7 @@ def test_the_text_is_what_the_model_generates(paligemma, monkeypatch, capsys):
     np.testing.assert_array_equal(observation.prompt_tokens, prompt[:, :length])
     assert observation.prompt_mask.all()
     assert observation.images["image"].shape == (1, 28, 28, 3)
-    assert found["model"].vocab_size == small_sentencepiece.VOCAB_SIZE  # of 96 in the checkpoint
+    assert found["model"].vocab_size == small_sentencepiece.VOCAB_SIZE  # 56 rows fewer
 
 
 def test_pictures_matter_and_may_be_left_out(paligemma):
@@ -76,12 +77,20 @@ def test_a_temperature_draws_by_the_seed(paligemma):
     assert len(set(hot)) > 1
 
 
-def test_a_pi0_speaks_by_the_paligemma_within_it(paligemma):
+def test_a_pi0_speaks_by_the_paligemma_within_it(paligemma, tmp_path):
+    """Given its config, whose cameras and prompts are others, or not."""
+    params = trees.flatten(oracle.params("pi0"))
+    embedder = "PaliGemma/llm/embedder/input_embedding"
+    store.save_params(trees.unflatten(params | {embedder: params[embedder][:50]}), tmp_path / "1")
     config = common.get_config()
     config.data.tokenizer = str(paligemma / "tokenizer.model")
-    step = str(oracle.step("pi0", "base"))
-    asked = request(paligemma, checkpoint=step, max_new_tokens=2, dtype="bfloat16")
-    assert isinstance(generate_text.generate(config, asked), str)
+    asked = request(paligemma, checkpoint=str(tmp_path / "1"), max_new_tokens=3)
+    alone = generate_text.generate(config, asked)
+    config.model = pi0_libero.get_config("debug").model
+    assert generate_text.generate(config, asked) == alone
+    config.model.siglip_depth = 1
+    with pytest.raises(ValueError, match="siglip_depth is 2 there, None here"):
+        generate_text.generate(config, asked)
 
 
 def test_a_dry_run_reads_headers_alone(paligemma, monkeypatch, capsys):
@@ -128,12 +137,26 @@ def without(paligemma, folder, change):
     return str(folder / "changed")
 
 
-def test_a_tokenizer_with_more_words_than_the_model_is_refused(paligemma, tmp_path):
-    def fewer(tree):
-        tree["llm"]["embedder"]["input_embedding"] = np.zeros((39, 32), np.float32)
+def test_a_tokenizer_of_another_model_is_refused(paligemma, tmp_path):
+    def rows(count):
+        def change(tree):
+            tree["llm"]["embedder"]["input_embedding"] = np.zeros((count, 32), np.float32)
 
-    with pytest.raises(ValueError, match="has 39 tokens, the tokenizer 40: it is another model's"):
-        said(paligemma, checkpoint=without(paligemma, tmp_path, fewer))
+        return without(paligemma, tmp_path / str(count), change)
+
+    for count in (39, 40 + policies.VOCABULARY_PADDING + 1):
+        with pytest.raises(ValueError, match=f"has {count} tokens, the tokenizer 40: it is anoth"):
+            said(paligemma, checkpoint=rows(count))
+    blank = without(paligemma, tmp_path / "none", lambda tree: tree["llm"].pop("embedder"))
+    with pytest.raises(ValueError, match="has no language model with a vocabulary"):
+        said(paligemma, checkpoint=blank)
+
+
+def test_a_tokenizer_that_is_none_is_named(paligemma):
+    config = common.get_config()
+    config.data.tokenizer = str(paligemma)
+    with pytest.raises(ValueError, match="expected paligemma, the path of a SentencePiece"):
+        generate_text.generate(config, request(paligemma))
 
 
 def test_a_model_without_eyes_says_so(paligemma, tmp_path):
