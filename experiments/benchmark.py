@@ -6,7 +6,11 @@ Rows: `float32`, `bfloat16` and `orbax`, mixes of three checkpoints of 257 M par
 disk, and `twenty`, of twenty smaller ones (8 GB of room in TMPDIR); `gradient` of the loss in three
 coefficients and `sampling` of two action chunks in ten flow steps, both on config.model;
 `training`, 50 steps at batch 64, and `rollouts`, 100 episodes of 64 steps, both of the policy that
-the quickstart trains.
+the quickstart trains. On a π0.5 of 108 M parameters in float32: `cameras`, sampling for a robot
+with one camera of three, the others dropped against masked; `all_cameras`, sampling with all three
+against OpenPI's way; `samples`, eight of one observation in one call against eight. On one of 37 M:
+a `step` of training at batch 1 against one that runs all of the last layer, with the peak memory of
+both.
 """
 
 from absl import flags

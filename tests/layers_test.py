@@ -115,6 +115,7 @@ FLOORS = (
             "evaluate",
             "measurements",
             "mixing_rows",
+            "model_rows",
             "benchmark",
             "lanes",
             "stages",

@@ -5,6 +5,7 @@ key/value heads, h head dimension. The modules of expert i > 0 carry the suffix 
 Sources: Gemma (arXiv:2403.08295), π0 (arXiv:2410.24164), rotary positions (arXiv:2104.09864).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,6 +142,9 @@ class Attention(nn.Module):
 def _attend(q, pairs, mask, softcap):
     """Attention of q [b, t, k, g, h] over keys and values that lie in several arrays.
 
+    What is as large as t s has one order of axes, b k t g s, and is never laid out again, joined or
+    divided: the softmax's denominator divides the outputs.
+
     Args:
       pairs: (k, v) [b', s, k, h] each; b' divides b, whose rows share them in turn.
       mask: bool [b, t, s], s of all pairs together.
@@ -148,31 +152,44 @@ def _attend(q, pairs, mask, softcap):
     Returns:
       [b, t, n, h], n = k g.
     """
-    logits = [_per_sample("btkgh,bskh->bkgts", q, keys) for keys, _ in pairs]
-    logits = logits[0] if len(logits) == 1 else jnp.concatenate(logits, axis=-1)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, None, None, :, :], logits, MASKED_LOGIT)
-    # [b, t, k, g, s], so that the samples of one cache stand together.
-    weights = jnp.moveaxis(jax.nn.softmax(logits, axis=-1).astype(q.dtype), 3, 1)
-    total, start = None, 0
-    for _, values in pairs:
-        part = weights[..., start : start + values.shape[1]]
-        encoded = _per_sample("btkgs,bskh->btkgh", part, values)
-        total = encoded if total is None else total + encoded
-        start += values.shape[1]
-    return einops.rearrange(total.astype(q.dtype), "b t k g h -> b t (k g) h")
+    logits, start = [], 0
+    for keys, _ in pairs:
+        part, stop = _dots(q, keys), start + keys.shape[1]
+        if softcap is not None:
+            part = softcap * jnp.tanh(part / softcap)
+        logits.append(jnp.where(mask[:, None, :, None, start:stop], part, MASKED_LOGIT))
+        start = stop
+    largest = functools.reduce(jnp.maximum, map(_largest, logits))
+    weights = [jnp.exp(part - largest) for part in logits]
+    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+    encoded = sum(
+        _weigh(part.astype(q.dtype), values)
+        for part, (_, values) in zip(weights, pairs, strict=True)
+    )
+    return einops.rearrange((encoded / total).astype(q.dtype), "b k t g h -> b t (k g) h")
 
 
-def _per_sample(equation: str, x, shared):
-    """einsum(equation, x, shared) in float32, where n rows of x [b n, t, …] share one of `shared`
-    [b, …]: their tokens are laid one after another, so that it is one product and no copy.
-    """
-    n = x.shape[0] // shared.shape[0]
-    if n == 1:
-        return jnp.einsum(equation, x, shared, preferred_element_type=jnp.float32)
-    x = einops.rearrange(x, "(b n) t ... -> b (n t) ...", n=n)
-    y = jnp.einsum(equation, x, shared, preferred_element_type=jnp.float32)
-    if equation.endswith("ts"):
-        return einops.rearrange(y, "b k g (n t) s -> (b n) k g t s", n=n)
-    return einops.rearrange(y, "b (n t) ... -> (b n) t ...", n=n)
+def _largest(logits):
+    """Of each row [b, k, t, g, s], which may be empty; it cancels, so no gradient goes through."""
+    fixed = jax.lax.stop_gradient(logits)
+    return jnp.max(fixed, axis=-1, keepdims=True, initial=MASKED_LOGIT)
+
+
+# n rows of [b n, …] may share one of [b, …]. Their tokens are then laid one after another, so that
+# it is one product and no copy.
+
+
+def _dots(q, keys):
+    """q [b n, t, k, g, h] and keys [b, s, k, h] → float32 [b n, k, t, g, s]."""
+    n = q.shape[0] // keys.shape[0]
+    q = einops.rearrange(q, "(b n) t k g h -> b (n t) k g h", n=n)
+    y = jnp.einsum("btkgh,bskh->bktgs", q, keys, preferred_element_type=jnp.float32)
+    return einops.rearrange(y, "b k (n t) g s -> (b n) k t g s", n=n)
+
+
+def _weigh(weights, values):
+    """weights [b n, k, t, g, s] and values [b, s, k, h] → float32 [b n, k, t, g, h]."""
+    n = weights.shape[0] // values.shape[0]
+    weights = einops.rearrange(weights, "(b n) k t g s -> b k (n t) g s", n=n)
+    y = jnp.einsum("bktgs,bskh->bktgh", weights, values, preferred_element_type=jnp.float32)
+    return einops.rearrange(y, "b k (n t) g h -> (b n) k t g h", n=n)

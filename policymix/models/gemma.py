@@ -255,31 +255,31 @@ class Gemma(nn.Module):
         return outputs, kv
 
     def _run(self, xs, cache, modulations, shared, there, wanted):
-        """The layers as a function of their stacked parameters, in a scan of our own: its last turn
-        may do less than the others.
+        """The layers as a function of their stacked parameters, in a scan of our own: the last may
+        stand after it and do less than the others.
+
+        The loop takes layers out of the stacks by number: handed to it without the last one, they
+        would be copied.
         """
         attributes = (self.sizes, self.adaptive, self.rope_bases, self.softcap)
         depth = self.sizes[0].depth
+        stacked = jax.tree.map(  # numpy's arrays take no traced number
+            jnp.asarray, (self.layers.variables["params"], cache, modulations)
+        )
 
-        def layer(asking, xs, params, cache, modulations):
+        def layer(asking, xs, number):
+            params, cache, modulations = jax.tree.map(lambda leaf: leaf[number], stacked)
             block = Block(*attributes, asking, parent=None)
             return block.apply({"params": params}, xs, cache, modulations, *shared)
 
-        def turn(xs, stacked):
-            number, *stacked = stacked
-            if wanted == there:
-                return layer(there, xs, *stacked)
-            last, inner = (functools.partial(layer, asking) for asking in (wanted, there))
-            return jax.lax.cond(number == depth - 1, last, inner, xs, *stacked)
-
+        inner = functools.partial(layer, there)
         if self.remat:
             policy = jax.checkpoint_policies.nothing_saveable
-            turn = jax.checkpoint(turn, prevent_cse=False, policy=policy)
-        params = self.layers.variables["params"]
+            inner = jax.checkpoint(inner, prevent_cse=False, policy=policy)
+        count = depth if wanted == there else depth - 1
         # A loop copies what the backward pass needs into stacks; unrolled, nothing is copied.
-        return jax.lax.scan(
-            turn,
-            xs,
-            (jnp.arange(depth), params, cache, modulations),
-            unroll=1 if self.remat else depth,
-        )
+        xs, kv = jax.lax.scan(inner, xs, jnp.arange(count), unroll=not self.remat)
+        if count < depth:
+            xs, last = layer(wanted, xs, count)
+            kv = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, last)
+        return xs, kv

@@ -17,7 +17,7 @@ from policymix.mixing import objective as objective_lib
 from policymix.mixing import search as search_lib
 from policymix.models import flow, pi0
 from policymix.reports import tables
-from policymix.runs import measurements, mixing_rows, policies, rollouts
+from policymix.runs import measurements, mixing_rows, model_rows, policies, rollouts
 from policymix.runs.measurements import Row, here, interleaved
 from policymix.sim import envs, workers
 from policymix.structs import Batch
@@ -32,13 +32,13 @@ def run(
     config: pi0.Pi0Config,
     small: ml_collections.ConfigDict,
     rows: Sequence[str],
-    files: Mapping[str, pi0.Pi0Config] = mixing_rows.MODELS,
+    models: Mapping[str, pi0.Pi0Config] = mixing_rows.MODELS | model_rows.MODELS,
 ) -> str:
     """Measures the named rows, or all, on freshly initialised models; returns the table.
 
     Args:
       config: the model of `gradient` and `sampling`; small: the policy of `training` and
-        `rollouts`, whole; files: the models of the checkpoints on disk, by dtype.
+        `rollouts`, whole; models: those of checkpoints on disk, by dtype, and of `model_rows`.
     """
     chosen = rows or list(ROWS)
     if unknown := [row for row in chosen if row not in ROWS]:
@@ -46,7 +46,7 @@ def run(
     lines, notes = [], []
     for name in chosen:
         measure, of = ROWS[name]
-        for row in measure({"network": config, "policy": small, **files}[of]):
+        for row in measure({"network": config, "policy": small, **models}[of]):
             lines.append(_line(row))
             notes += [f"{row.name}: {row.note}"] if row.note else []
     header = ["ours / theirs", "wall s", "CPU s", "faster", "peak MB"]
@@ -215,4 +215,8 @@ ROWS = {  # name: how it is measured, and what it is given
     "training": (_row_training, "policy"),  # 50 steps at batch 64
     "rollouts": (_row_rollouts, "policy"),  # 100 episodes of 64 steps
     "sampling": (_row_sampling, "network"),  # 2 action chunks, 10 flow steps
+    "cameras": (model_rows.cameras_row, "sampled"),  # 1 of 3 there
+    "all_cameras": (model_rows.all_cameras_row, "sampled"),
+    "samples": (model_rows.samples_row, "sampled"),  # 8 of one observation
+    "step": (model_rows.step_row, "trained"),  # at batch 1
 }

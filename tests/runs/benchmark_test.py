@@ -20,8 +20,8 @@ def tiny(monkeypatch):
 
 def run(rows):
     config = policies.model_config(pi0_libero.get_config("debug"), why="a test")
-    files = dict.fromkeys(("float32", "bfloat16"), config)
-    return benchmark.run(config, pi0_metaworld.get_config("debug"), rows, files)
+    models = dict.fromkeys(("float32", "bfloat16", "sampled", "trained"), config)
+    return benchmark.run(config, pi0_metaworld.get_config("debug"), rows, models)
 
 
 @pytest.mark.slow
