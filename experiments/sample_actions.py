@@ -6,7 +6,8 @@ r"""Random pictures, prompt and proprio in, a chunk of actions out: any policy, 
     --config.model.paligemma_variant=gemma_2b_lora
   python experiments/sample_actions.py --checkpoint=runs/mine/29999
 
-Parameters are fresh without --checkpoint. The second command is of full size: 6.7 GB of bfloat16.
+Parameters are random without --checkpoint. The second command is of full size: 6.7 GB of bfloat16;
+a CPU widens them, and takes 25 GB with one camera.
 Without --config the sizes are read from the checkpoint's arrays, and OpenPI's defaults stand for
 what no array tells: three cameras, the horizon, the prompt's length.
 """
@@ -16,11 +17,11 @@ from absl import flags
 from policymix import app
 
 _CONFIG = app.define_config(__file__)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Of any format; default: fresh parameters.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Of any format; default: random parameters.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Observations in a call.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Action chunks for each observation.")
 _NUM_CALLS = flags.DEFINE_integer("num_calls", 10, "Calls that are timed, after the first.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of inputs, noise and fresh parameters.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of inputs, noise and random parameters.")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ _COPIED = 2**28  # bytes, of which the bandwidth is measured
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for. `checkpoint`: "" takes fresh parameters."""
+    """What the command line asks for. `checkpoint`: "" takes random parameters."""
 
     checkpoint: str = ""
     batch_size: int = 1
@@ -98,10 +98,23 @@ def random_observation(
 
 
 def _params(model: pi0.Pi0Config, header: Any, seed: int) -> Any:
-    """In the dtype of the computation, as OpenPI serves its policies."""
+    """In the dtype of the computation, as OpenPI serves its policies; random ones array by array,
+    so that a large policy needs no more than its own memory.
+    """
     if header is not None:
         return policies.read_params(header, model.dtype)
-    return jax.jit(lambda key: trees.cast(pi0.init(model, key), model.dtype))(jax.random.key(seed))
+    flat, key = trees.flatten(pi0.shapes(model)), jax.random.key(seed)
+    return trees.unflatten(
+        {
+            path: _draw(jax.random.fold_in(key, number), leaf.shape, model.dtype)
+            for number, (path, leaf) in enumerate(flat.items())
+        }
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def _report(params, actions: np.ndarray, seconds: list[float], num_flow_steps: int) -> dict:
