@@ -29,6 +29,11 @@ setuptools.setup(
         "beartype>=0.22",
         "einops>=0.8",
         "pyarrow>=19",
+        "grain>=0.2.12",
+        "av>=18",  # its wheels have dav1d, SVT-AV1 and x264
+        "simplejpeg>=1.7",
+        "h5py>=3.11",
+        "google-crc32c>=1.5",
         "matplotlib>=3.9",
         "pillow>=10",
         "tqdm>=4.66",
@@ -45,8 +50,12 @@ setuptools.setup(
             "gym-pusht==0.1.8",
             "pymunk==6.11.1",
         ],
-        "rlds": ["tensorflow-cpu>=2.20", "tensorflow-datasets>=4.9.9"],
-        "hub": ["requests>=2.32", "google-auth>=2", "google-crc32c>=1.5", "huggingface_hub>=1,<3"],
+        "rlds": [  # to build datasets, and to compare with
+            "tensorflow-cpu>=2.20",
+            "tensorflow-datasets>=4.9.9",
+            "importlib_resources",  # which it forgets
+        ],
+        "hub": ["requests>=2.32", "google-auth>=2", "huggingface_hub>=1,<3"],
         "torch": ["torch>=2.4"],  # open-pi-zero's .pt
         "notebooks": ["jupyterlab", "nbconvert", "ipykernel"],
         "dev": [

@@ -21,19 +21,38 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {
             "model": {},  # the fields of policymix.models.pi0.Pi0Config
             "data": {
-                "path": "",  # a LeRobot dataset, or several to train on together: a,b
+                "path": "",  # a LeRobot or RLDS dataset, or several to train on together: a,b
+                "repo_id": "",  # the same on the Hugging Face hub: lerobot/pusht
+                # RLDS datasets of several robots: bridge, fractal, oxe_simple or droid; `path` is
+                # then the folder that holds them.
+                "mixture": "",
                 "fractions": (),  # of a batch, one per dataset; (): by their frames
                 # What its statistics are called beside the checkpoint; "": the dataset's folder.
                 "asset_id": "",
                 # A norm_stats.json or a checkpoint; "": those of train.init_from, else computed.
                 "norm_stats": "",
-                # Normalise by the 1 % and 99 % quantiles (π0.5) instead of mean and deviation.
-                "quantiles": False,
-                "state_key": "observation.state",
-                "action_key": "action",
+                "quantile_rule": "exact",  # of computed ones; openpi: by its histograms
+                # aloha, aloha_sim, libero, droid, droid_rlds, bridge, fractal, pusht, metaworld:
+                # what the next five leave open is then as its table says.
+                "robot": "",
+                "state_key": "",  # features, a,b; "": the robot's, or observation.state
+                "action_key": "",  # the same; "": the robot's, or action
                 # {camera of the model: picture feature of the dataset, or "absent" where the robot
                 # has no such camera}; "" is neither yet.
                 "cameras": {},
+                # Actions relative to the state, OpenPI's way: (6, -1) is six dimensions that are
+                # and one that is not; (): none.
+                "delta_actions": ml_collections.config_dict.placeholder(tuple),
+                # mean_std; quantiles, π0.5's: 1 % and 99 % become ± 1; bounds, open-pi-zero's: the
+                # same, clipped, grippers left alone.
+                "normalization": "",
+                "fps": 0,  # what the datasets must have; of RLDS that does not say it, what it is
+                "skip_bad_episodes": False,  # train without episodes that cannot be used
+                "skip_unlabeled": False,  # and without RLDS episodes that have no instruction
+                "augment": False,  # pictures in training, as OpenPI
+                "cache_mb": 1000,  # pictures of a feature are kept decoded if they need no more
+                "num_threads": 0,  # that make batches; 0: one per core
+                "num_processes": 0,  # the same apart from training's own, each with its threads
                 # paligemma, or the path of its SentencePiece .model; for small models bytes, or
                 # words: a token each.
                 "tokenizer": "bytes",
@@ -130,7 +149,8 @@ def openpi_config(base: str, *, pi05: bool, **model) -> ml_collections.ConfigDic
     )
     config.model.update(model)
     config.data.cameras = dict.fromkeys(config.model.image_keys, "")
-    config.data.quantiles = pi05
+    config.data.normalization = "quantiles" if pi05 else "mean_std"
+    config.data.augment = True
     config.data.tokenizer = "paligemma"
     config.train.init_from = f"{OPENPI}/{base}/params"
     return config
@@ -150,7 +170,7 @@ def open_pi_zero_config(*, proprio_dim: int) -> ml_collections.ConfigDict:
     )
     config.model.proprio_dim = proprio_dim
     config.data.cameras = {"base_0_rgb": ""}
-    config.data.quantiles = True
+    config.data.update({"normalization": "bounds", "skip_unlabeled": True})
     config.train.init_from = "hf://google/paligemma-3b-pt-224"
     config.train.update({"batch_size": 1024, "learning_rate": 5e-5, "final_learning_rate": 5e-5})
     config.train.update({"warmup_steps": 200, "weight_decay": 0.0})
@@ -185,9 +205,9 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.train.update({"batch_size": 4, "num_steps": 4, "warmup_steps": 2, "decay_steps": 4})
     config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
     config.mix.num_iterations = 20
-    config.data.update({"asset_id": "", "path": str(PUSHT)})
+    config.data.update({"asset_id": "", "path": str(PUSHT), "robot": "", "mixture": ""})
     config.data.cameras = dict.fromkeys(config.model.image_keys, "absent")
-    config.data.update({"state_key": "observation.state", "action_key": "action"})
+    config.data.update({"state_key": "", "action_key": "", "delta_actions": (), "fps": 0})
     config.data.tokenizer = "words"  # prompts of so few tokens
     config.data.default_prompt = config.train.init_from = ""
 

@@ -12,9 +12,9 @@ targets, three cameras, one prompt, 100,000 steps of batches of 256. Not publish
 the statistics (its path on their disk), and which base was used; π0.5's is assumed.
 
 To set: `config.train.init_from` if you began at another base, and `config.data.asset_id` if a
-checkpoint has several. kai0's datasets are videos, which are not read here: convert its pickle of
-validation batches (docs/troubleshooting.md). No success rate was measured. `:debug` is the same
-program on a network of 0.6 million parameters; seconds on a laptop.
+checkpoint has several. kai0's pickles of validation batches can be converted
+(docs/troubleshooting.md). No success rate was measured. `:debug` is the same program on a network
+of 0.6 million parameters; seconds on a laptop.
 """
 
 import ml_collections

@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.openpi_config(
         "pi05_base", pi05=True, action_horizon=10, discrete_state_input=False
     )
-    config.data.asset_id = "physical-intelligence/libero"
+    config.data.update({"asset_id": "physical-intelligence/libero", "robot": "libero"})
     config.train.update({"batch_size": 256, "warmup_steps": 10_000, "ema_decay": 0.999})
     config.train.learning_rate = config.train.final_learning_rate = 5e-5
     if common.parse_arg(arg):

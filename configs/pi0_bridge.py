@@ -22,6 +22,7 @@ from configs import common
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.open_pi_zero_config(proprio_dim=7)
+    config.data.robot = "bridge"
     if common.parse_arg(arg):
         common.shrink(config)
     return config

@@ -18,6 +18,7 @@ from configs import common
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.open_pi_zero_config(proprio_dim=8)
+    config.data.robot = "fractal"
     config.evaluate.replan_steps = 2
     if common.parse_arg(arg):
         common.shrink(config)

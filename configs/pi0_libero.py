@@ -17,7 +17,8 @@ from configs import common
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.openpi_config("pi0_base", pi05=False)
-    config.data.asset_id = "physical-intelligence/libero"
+    config.data.update({"asset_id": "physical-intelligence/libero", "robot": "libero"})
+    config.data.delta_actions = (6, -1)  # as OpenPI trained its π0; not its π0.5
     if common.parse_arg(arg):
         common.shrink(config)
     return config

@@ -60,3 +60,10 @@ def batch(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(tree: PyTree, place: NamedSharding) -> PyTree:
+    """Host arrays on their devices. Where there are several processes, each brings its own rows."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, place)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)

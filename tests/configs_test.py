@@ -10,7 +10,7 @@ from configs import common
 from policymix import trees
 from policymix.checkpoints import keymaps
 from policymix.models import pi0
-from policymix.runs import policies
+from policymix.runs import metadata, policies
 from tests import commands, oracle
 from tests.runs import workspace_support
 
@@ -38,7 +38,14 @@ def get(name: str, arg: str = ""):
 
 
 def test_every_config_is_known_here():
-    assert set(NAMES) == {*OPENPI, *OPEN_PI_ZERO, "pi0_metaworld", "pi0_pusht", "pi0_state"}
+    assert set(NAMES) == {
+        *OPENPI,
+        *OPEN_PI_ZERO,
+        "pi0_metaworld",
+        "pi0_pusht",
+        "pi0_small",
+        "pi0_state",
+    }
 
 
 @pytest.mark.parametrize("name", OPENPI)
@@ -52,7 +59,8 @@ def test_the_values_are_openpis(name):
     assert t.init_from == f"gs://openpi-assets/checkpoints/{base}/params"
     assert (t.batch_size, t.num_steps, t.ema_decay) == (batch, steps, ema)
     assert (t.warmup_steps, t.learning_rate, t.final_learning_rate) == (warmup, peak, last)
-    assert config.data.quantiles == pi05
+    assert config.data.normalization == ("quantiles" if pi05 else "mean_std")
+    assert config.data.augment
     assert set(config.data.cameras) == set(pi0.OPENPI_CAMERAS)
 
 
@@ -97,7 +105,9 @@ def test_debug_is_the_architecture_of_the_test_data(name):
 @pytest.mark.parametrize("arg", ["", "debug"])
 def test_every_config_has_a_model_and_the_sections_of_all(name, arg):
     config = get(name, arg)
-    policies.model_config(config, why="a test")
+    if name == "pi0_small":  # its sizes are its dataset's
+        config.data.path = str(common.PUSHT)
+    policies.model_config(metadata.complete(config), why="a test")
     assert {*common.get_config()} - {*config} == set()
     with pytest.raises(ValueError, match="expected nothing or ':debug'"):
         get(name, "debgu")

@@ -12,12 +12,14 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from configs import common, pi0_pusht, pi05_libero
+from configs import common, pi0_pusht, pi0_small, pi0_state, pi05_libero
 from policymix import files, trees
 from policymix.checkpoints import layout, safetensors, store
-from policymix.data import tokenizer, validation
+from policymix.data import lerobot, tokenizer, validation
 from policymix.reports import pages
 from policymix.runs import convert, dump_validation, mix, requests
 from tests import commands, oracle
@@ -270,9 +272,27 @@ def with_tokens(places, tokens):
     mixed(places, debug=True, method="greedy", validation=saved(places, change))
 
 
-def a_video(places):
-    config = pi0_pusht.get_config("debug")
-    config.data.path = str(common.PUSHT)
+def cut_off(places):
+    path = pathlib.Path(shutil.copytree(common.PUSHT, places.folder / "cut"))
+    file = path / "data" / "chunk-000" / "file-000.parquet"
+    file.write_bytes(file.read_bytes()[:5000])
+    lerobot.open_dataset(path)
+
+
+def bad_episodes(places):
+    path = pathlib.Path(shutil.copytree(common.PUSHT, places.folder / "bad"))
+    file = path / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(file)
+    values = np.full((len(table), 2), np.nan, np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 2)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", column), file)
+    config = pi0_state.get_config("debug")
+    config.data.path = str(path)
+    dump_validation.dump(config, places.folder / "val.npz")
+
+
+def sizes_of_nothing(places):
+    config = pi0_small.get_config()
     dump_validation.dump(config, places.folder / "val.npz")
 
 
@@ -359,7 +379,11 @@ CASES = {
     "… says of no picture feature that it is theirs": lambda p, _: no_camera(p),
     "PaliGemma's tokenizer is not in the cache and cannot be fetched": no_tokenizer,
     "interpolate needs a base": lambda p, _: mixed(p, p.a, method="interpolate"),
-    "is a video, and videos are not read yet": lambda p, _: a_video(p),
+    "… of … episodes cannot be used; episode …": lambda p, _: bad_episodes(p),
+    "expected a whole parquet file, found …": lambda p, _: cut_off(p),
+    "… leaves … to the dataset: name it with --config.data.path=DIRECTORY": (
+        lambda p, _: sizes_of_nothing(p)
+    ),
     "remote paths need …": no_hub,
     "the server answered …": lambda p, m: served(p, m, status=500),
     "…: run it again to go on there": lambda p, m: served(p, m, cut=10),

@@ -27,8 +27,7 @@ _CHUNK_BYTES = 64 * 2**20
 class Assets:
     """What lies beside the parameters of every step."""
 
-    asset_id: str
-    norm_stats: Stats
+    norm_stats: dict[str, Stats]  # by asset id
     trainings: list[dict[str, Any]]  # as `assets.trainings_of` gives them; its own dataset first
 
 
@@ -41,9 +40,11 @@ class _AssetsHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(coroutine, name="assets")]
 
     def save(self, directory, args: "_SaveAssets"):
-        folder = pathlib.Path(directory) / args.value.asset_id
-        assets.write_norm_stats(folder / assets.NORM_STATS, args.value.norm_stats)
-        assets.write_episodes(folder / assets.EPISODES, args.value.trainings)
+        for asset_id, stats in args.value.norm_stats.items():
+            assets.write_norm_stats(pathlib.Path(directory) / asset_id / assets.NORM_STATS, stats)
+        first = next(iter(args.value.norm_stats))
+        path = pathlib.Path(directory) / first / assets.EPISODES
+        assets.write_episodes(path, args.value.trainings)
 
     def restore(self, directory, args: "_RestoreAssets | None" = None):
         raise ValueError(f"{directory}: read assets with checkpoints.assets, not through Orbax")

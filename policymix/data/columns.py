@@ -1,7 +1,11 @@
-"""What a feature is as a column: which values it takes, and how LeRobot stores them in parquet."""
+"""What a feature is as a column: which values it takes, and how LeRobot stores them in parquet.
+
+A video is a feature without a column; here are the values it takes, and its place in the episode
+table.
+"""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ NUMBERS = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
     *("float16", "float32", "float64"),
 )
+PICTURES = ("image", "video")
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -23,18 +28,13 @@ def check_feature(name: str, feature: Mapping[str, Any], where: str) -> None:
     if not {"dtype", "shape"} <= feature.keys():
         raise ValueError(f"{where}: {name!r} needs dtype and shape, got {dict(feature)}")
     dtype, shape = feature["dtype"], list(feature["shape"])
-    if dtype == "video":
-        raise ValueError(
-            f"{where}: {name!r} has dtype video, and videos are not encoded here; declare it with "
-            "dtype image"
-        )
-    if dtype == "image":
+    if dtype in PICTURES:
         pictures.size(feature, f"{where}: {name!r}")
         return
     if dtype not in (*NUMBERS, "string"):
         raise ValueError(
-            f"{where}: {name!r} has dtype {dtype!r}; known are {', '.join(NUMBERS)}, string and "
-            "image"
+            f"{where}: {name!r} has dtype {dtype!r}; known are {', '.join(NUMBERS)}, string, "
+            "image and video"
         )
     whole = all(isinstance(n, int) and n >= 1 for n in shape)
     if not whole or not 1 <= len(shape) <= 5 or (dtype == "string" and shape != [1]):
@@ -49,14 +49,19 @@ def checked(
 ) -> np.ndarray | list[str] | list[bytes]:
     """Values of T frames as they are stored: numbers [T, *shape] ([T] for [1]), texts, or PNGs.
 
+    Of a video they are what is encoded later: uint8 [T, hh, ww, 3], or PNG and JPEG files.
+
     Args:
-      parallel: what maps the encoder over pictures.
+      parallel: what maps the encoder of PNG over pictures.
 
     Raises:
       ValueError: says `where` and how they differ from what the feature declares.
     """
-    if feature["dtype"] == "image":
-        return _checked_pictures(feature, values, where, parallel)
+    if feature["dtype"] in PICTURES:
+        found = _checked_pictures(feature, values, where)
+        if feature["dtype"] == "video" or isinstance(found, list):
+            return found
+        return list(parallel(pictures.png, np.ascontiguousarray(found)))
     if feature["dtype"] == "string":
         texts = [values] if isinstance(values, str) else list(np.ravel(np.asarray(values, object)))
         if wrong := [text for text in texts if not isinstance(text, str)]:
@@ -93,28 +98,43 @@ def _checked_numbers(feature: Mapping[str, Any], values: Any, where: str) -> np.
 
 
 def _checked_pictures(
-    feature: Mapping[str, Any], values: Any, where: str, parallel: Callable
-) -> list[bytes]:
+    feature: Mapping[str, Any], values: Any, where: str
+) -> np.ndarray | list[bytes]:
+    """uint8 [T, hh, ww, 3], or the files of pictures."""
     shape = pictures.size(feature, where)
-    if not isinstance(values, np.ndarray) and all(isinstance(v, bytes) for v in values):
+    if isinstance(values, Sequence) and all(isinstance(v, bytes) for v in values):
         for frame, data in enumerate(values):
             pictures.check_header(data, shape, f"{where}, frame {frame}")
         return list(values)
-    values = np.asarray(values)
+    try:
+        values = np.asarray(values)
+    except ValueError as error:  # pictures of several sizes
+        raise ValueError(f"{where} is no array of pictures ({error})") from error
     declared = [int(n) for n in feature["shape"]]
     if values.dtype != np.uint8 or list(values.shape[1:]) != declared:
         raise ValueError(
             f"{where} is {values.dtype} {list(values.shape)}, expected uint8 [frames, "
             f"{', '.join(map(str, declared))}]"
         )
-    if not pictures.is_channels_last(feature):
-        values = np.moveaxis(values, 1, -1)
-    return list(parallel(pictures.png, np.ascontiguousarray(values)))
+    return values if pictures.is_channels_last(feature) else np.moveaxis(values, 1, -1)
 
 
-def schema(features: Mapping[str, Mapping[str, Any]]) -> pa.Schema:
-    """Of the data files, with the description by which Hugging Face's `datasets` reads them."""
-    described = {"info": {"features": {k: _hugging_face(f) for k, f in features.items()}}}
+def stored(features: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The features that have a column in the data files."""
+    return {name: feature for name, feature in features.items() if feature["dtype"] != "video"}
+
+
+def schema(features: Mapping[str, Mapping[str, Any]], vector: str = "List") -> pa.Schema:
+    """Of the data files, with the description by which Hugging Face's `datasets` reads them.
+
+    Args:
+      features: of the dataset.
+      vector: what `datasets` calls a list: "List" from version 4 on, which LeRobot's v3.0 needs;
+        before "Sequence", which the newer ones still read.
+    """
+    features = stored(features)
+    described = {name: _hugging_face(feature, vector) for name, feature in features.items()}
+    described = {"info": {"features": described}}
     fields = [_field(name, feature) for name, feature in features.items()]
     return pa.schema(fields, {"huggingface": json.dumps(described)})
 
@@ -138,14 +158,14 @@ def _field(name: str, feature: Mapping[str, Any]) -> pa.Field:
     return pa.field(name, element, metadata=extension)
 
 
-def _hugging_face(feature: Mapping[str, Any]) -> dict[str, Any]:
+def _hugging_face(feature: Mapping[str, Any], vector: str) -> dict[str, Any]:
     shape = list(feature["shape"])
     if feature["dtype"] == "image":
         return {"_type": "Image"}
     if len(shape) > 1:
         return {"shape": shape, "dtype": feature["dtype"], "_type": f"Array{len(shape)}D"}
     value = {"dtype": feature["dtype"], "_type": "Value"}
-    return value if shape == [1] else {"feature": value, "length": shape[0], "_type": "List"}
+    return value if shape == [1] else {"feature": value, "length": shape[0], "_type": vector}
 
 
 def _element(dtype: str) -> pa.DataType:
@@ -153,16 +173,19 @@ def _element(dtype: str) -> pa.DataType:
 
 
 def table(
-    features: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], schema: pa.Schema
+    features: Mapping[str, Mapping[str, Any]],
+    values: Mapping[str, Any],
+    schema: pa.Schema,
+    picture: str = "frame-{:06d}.png",
 ) -> pa.Table:
-    """The rows of one episode from values that `checked` has passed."""
-    arrays = [_array(feature, values[name]) for name, feature in features.items()]
+    """The rows of one episode from values that `checked` has passed; `picture` names pictures."""
+    arrays = [_array(feature, values[name], picture) for name, feature in stored(features).items()]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _array(feature: Mapping[str, Any], values: Any) -> pa.Array:
+def _array(feature: Mapping[str, Any], values: Any, picture: str) -> pa.Array:
     if feature["dtype"] == "image":
-        paths = [f"frame-{frame:06d}.png" for frame in range(len(values))]
+        paths = [picture.format(frame) for frame in range(len(values))]
         return pa.array(
             [{"bytes": data, "path": p} for data, p in zip(values, paths, strict=True)], _PICTURE
         )
@@ -184,6 +207,11 @@ def episodes_schema(features: Mapping[str, Mapping[str, Any]]) -> pa.Schema:
     places = ("data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index")
     fields += [(name, number) for name in places]
     for name, feature in features.items():
+        if feature["dtype"] == "video":
+            video = f"videos/{name}"
+            fields += [(f"{video}/{place}", number) for place in ("chunk_index", "file_index")]
+            fields += [(f"{video}/{end}_timestamp", pa.float64()) for end in ("from", "to")]
+    for name, feature in features.items():
         if feature["dtype"] != "string":
             fields += [
                 (f"stats/{name}/{stat}", _stat_type(feature, stat)) for stat in statistics.NAMES
@@ -195,9 +223,10 @@ def episodes_schema(features: Mapping[str, Mapping[str, Any]]) -> pa.Schema:
 def _stat_type(feature: Mapping[str, Any], stat: str) -> pa.DataType:
     if stat == "count":
         return pa.list_(pa.int64())
-    kind = "f" if feature["dtype"] == "image" else np.dtype(feature["dtype"]).kind
+    is_picture = feature["dtype"] in PICTURES
+    kind = "f" if is_picture else np.dtype(feature["dtype"]).kind
     known = {"b": pa.bool_(), "i": pa.int64(), "u": pa.int64()}
     element = known.get(kind, pa.float64()) if stat in ("min", "max") else pa.float64()
-    for _ in range(3 if feature["dtype"] == "image" else 1):  # [3, 1, 1], or [n]
+    for _ in range(3 if is_picture else 1):  # [3, 1, 1], or [n]
         element = pa.list_(element)
     return element

@@ -1,42 +1,45 @@
-"""LeRobot datasets, versions 3.0, 2.1 and 2.0, read with pyarrow alone.
+"""LeRobot datasets, versions 3.0, 2.1 and 2.0, read with pyarrow and PyAV alone.
 
 A dataset is a folder: `meta/info.json` declares the features, an episode table gives the length of
 every episode, and `data/*/*.parquet` holds one row per frame. A frame is addressed by its global
-index; an episode is a contiguous range of frames. Numbers, bools and text are read here; features
-of dtype image and video are listed in `camera_keys`.
+index; an episode is a contiguous range of frames. Pictures lie in the rows (dtype image) or in
+`videos/` (dtype video).
 """
 
 import collections
-import contextlib
+import concurrent.futures
 import difflib
 import hashlib
-import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from policymix import files
+from policymix.data import frames, pictures, tables
 
-VERSIONS = ("v2.0", "v2.1", "v3.0")
-TOLERANCE_S = 1e-4  # how far an offset may lie from a whole frame, in seconds; LeRobot's default
+TOLERANCE_S = 1e-4  # how far a time may lie from a whole frame, in seconds; LeRobot's default
 _PICTURES = ("image", "video")
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_DATA_PATH_V3 = "data/chunk-{:03d}/file-{:03d}.parquet"
-_DATA_PATH_V2 = "data/chunk-{:03d}/episode_{:06d}.parquet"
-_AGAIN = "copy or download the dataset again"
+_DATA_PATH_V3 = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+_ORDER = ("index", "episode_index")
+_TIMES = ("frame_index", "timestamp")
 
 
-def open_dataset(path: str | pathlib.Path) -> "Dataset":
+def open_dataset(path: str | pathlib.Path, *, empty_episodes: bool = False) -> "Dataset":
     """Opens the LeRobot dataset in the folder `path` and checks that it is complete.
+
+    Video files are looked at when frames are asked for.
+
+    Args:
+      path: the folder.
+      empty_episodes: whether episodes without frames are accepted, as to delete them.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file is unreadable, the version unknown, or row counts contradict each other.
+      ValueError: a file is unreadable, the version unknown, row counts contradict each other, an
+        episode has no frames, or a path in info.json leads out of the folder.
     """
     path = pathlib.Path(path).expanduser()
     info_path = path / "meta" / "info.json"
@@ -47,13 +50,13 @@ def open_dataset(path: str | pathlib.Path) -> "Dataset":
         raise FileNotFoundError(
             f"{info_path}: no such file; {path} holds {found}. Give one with meta/ and data/"
         )
-    info = _read_info(info_path)
-    tasks = _read_tasks(path, info["codebase_version"])
-    lengths, expected = _read_episodes(path, info)
+    info = tables.read_info(info_path)
+    tasks = tables.tasks(tables.meta_files(path, info["codebase_version"])[1])
+    lengths, expected = _read_lengths(path, info, empty_episodes)
     if len(lengths) != info["total_episodes"]:
         raise ValueError(
             f"{info_path} announces total_episodes = {info['total_episodes']}, but the episode "
-            f"table has {len(lengths)} rows; {_AGAIN}"
+            f"table has {len(lengths)} rows; {tables.AGAIN}"
         )
     data_files = _checked_files(path, info, int(lengths.sum()), expected)
     return Dataset(path, info, tasks, lengths, data_files)
@@ -64,12 +67,14 @@ class Dataset:
 
     Attributes:
       path: its folder.
-      info: meta/info.json as it stands; version: "v2.0", "v2.1" or "v3.0"; fps: frames per second.
+      info: meta/info.json as it stands; version: "v2.0", "v2.1" or "v3.0"; fps: frames per second;
+        robot_type: text or None.
       features: {name: {"dtype", "shape", ...}} as declared in info.json.
       num_frames, num_episodes: totals.
       tasks: sentences; the position in the list is the task_index.
       episode_from, episode_to: int64 [num_episodes], the episodes' frames, `to` exclusive.
       camera_keys: features of dtype image or video; numeric_keys: features of numbers and bools.
+      data_files: the parquet files of its rows, in order.
     """
 
     def __init__(self, path, info: dict, tasks: list[str], lengths: np.ndarray, data_files: list):
@@ -77,6 +82,7 @@ class Dataset:
         self.info = info
         self.version: str = info["codebase_version"]
         self.fps = int(info["fps"])
+        self.robot_type: str | None = info.get("robot_type")
         self.features: dict[str, dict] = info["features"]
         self.num_frames = int(info["total_frames"])
         self.num_episodes = len(lengths)
@@ -85,8 +91,11 @@ class Dataset:
         self.episode_from = self.episode_to - lengths
         self.camera_keys = [k for k, f in self.features.items() if f["dtype"] in _PICTURES]
         self.numeric_keys = [k for k, f in self.features.items() if _numpy_dtype(f) is not None]
-        self._data_files = data_files
+        self.data_files: list[pathlib.Path] = data_files
+        self._readable = [k for k, f in self.features.items() if _is_readable(f)]
         self._columns: dict[str, np.ndarray] = {}
+        self._frames: dict[str, frames.Frames] = {}
+        self._offsets: dict[tuple, np.ndarray] = {}
         self._fingerprint: str | None = None
 
     def column(self, name: str) -> np.ndarray:
@@ -96,58 +105,89 @@ class Dataset:
         it, it is kept.
 
         Raises:
-          ValueError: no such feature, pictures, or values that contradict info.json.
+          ValueError: no such feature, pictures, or values that contradict info.json; frames out of
+            order, or at other times than frame_index / fps.
         """
         if name not in self._columns:
-            if name not in self.features:
-                near = difflib.get_close_matches(name, self.features, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ValueError(f"{self.path} has no {name!r}{hint} It has {list(self.features)}")
-            if not _is_readable(self.features[name]):
-                readable = [key for key, other in self.features.items() if _is_readable(other)]
+            feature = self._feature(name)
+            if name not in self._readable:
                 raise ValueError(
-                    f"{self.path}: {name!r} has dtype {self.features[name]['dtype']}; this "
-                    f"version reads numeric and text features: {readable}"
+                    f"{self.path}: {name!r} has dtype {feature['dtype']}; columns are "
+                    f"numbers and text: {self._readable}; pictures are read as frames"
                 )
-            self._check_order()
-            self._columns[name] = self._load(name)
+            if "index" in self._columns:
+                self._columns |= self._load([name])
+            else:
+                self._columns |= self._load_in_order(name)
         return self._columns[name]
 
-    def stored(self, name: str) -> Iterator[pa.ChunkedArray]:
-        """A feature as it lies in the data files, pictures too: one arrow column per file."""
-        return (_read_parquet(path, [name])[name] for path in self._data_files)
+    def frames(self, key: str) -> frames.Frames:
+        """The pictures of a feature of dtype image or video; the same object each time.
+
+        Raises:
+          ValueError: no such feature, or one without colour pictures; video files that the
+            metadata does not name, or outside the folder.
+        """
+        if key not in self._frames:
+            frames.check_is_image(self, key)
+            where, feature = f"{self.path}: {key!r}", self.features[key]
+            shape = pictures.size(feature, where)
+            if feature["dtype"] == "image":
+                made = frames.PictureFrames(where, key, shape, self.data_files, self.num_frames)
+            else:
+                places = frames.places(self.path, self.info, key)
+                bounds = self.episode_from, self.episode_to
+                made = frames.VideoFrames(where, key, shape, self.fps, *places, *bounds)
+            self._frames[key] = made
+        return self._frames[key]
+
+    def clip(self, key: str, episode: int) -> tuple[pathlib.Path, int]:
+        """(the video file of an episode, the number of its first frame there); raises as `frames`,
+        and for features of dtype image.
+        """
+        found = self.frames(key)
+        if not isinstance(found, frames.VideoFrames):
+            raise ValueError(f"{self.path}: {key!r} is no video: its pictures lie in the rows")
+        return found.clip(episode)
 
     def item(
         self, index: int, delta_timestamps: Mapping[str, Sequence[float]] | None = None
     ) -> dict[str, Any]:
-        """The frame `index` as LeRobot gives it, without pictures.
+        """The frame `index` as LeRobot gives it, but for pictures, which are uint8 here.
 
         Args:
           index: 0..num_frames-1.
           delta_timestamps: {feature: T offsets in seconds}.
 
         Returns:
-          {feature: [*shape]} and `task`, the frame's sentence. A feature in `delta_timestamps`
-          is [T, *shape]: beyond the episode its first or last frame is repeated, and
-          `<feature>_is_pad` [T] is true there.
+          {feature: [*shape]} and `task`, the frame's sentence; pictures are [3, hh, ww]. A feature
+          in `delta_timestamps` is [T, *shape]: beyond the episode its first or last frame is
+          repeated, and `<feature>_is_pad` [T] is true there. For T = 1 LeRobot leaves out the
+          axis of videos, and so does this.
 
         Raises:
           IndexError: no such frame.
-          ValueError: an offset is no whole number of frames, or of a feature that has no values.
+          ValueError: an offset is no whole number of frames, or of a feature that has no values;
+            pictures that cannot be read.
         """
         if not 0 <= index < self.num_frames:
             raise IndexError(f"{self.path} has frames 0..{self.num_frames - 1}, not {index}")
         deltas = delta_timestamps or {}
-        offsets = {key: self._offsets(key, seconds) for key, seconds in deltas.items()}
+        offsets = {key: self._in_frames(key, seconds) for key, seconds in deltas.items()}
         episode = np.searchsorted(self.episode_to, index, side="right")
         first, last = self.episode_from[episode], self.episode_to[episode] - 1
         fields: dict[str, Any] = {}
-        for key in filter(lambda key: _is_readable(self.features[key]), self.features):
+        for key, feature in self.features.items():
             if key in offsets:
-                frames = index + offsets[key]
-                fields[key] = self.column(key)[np.clip(frames, first, last)]
-                fields[f"{key}_is_pad"] = (frames < first) | (frames > last)
-            else:
+                wanted = index + offsets[key]
+                inside = np.minimum(np.maximum(wanted, first), last)
+                fields[key] = self._values(key, inside)
+                if feature["dtype"] == "video" and len(wanted) == 1:
+                    fields[key] = fields[key][0]
+                fields[f"{key}_is_pad"] = inside != wanted
+            elif key in self.camera_keys:
+                fields[key] = self._values(key, np.array([index]))[0]
+            elif key in self._readable:
                 value = self.column(key)[index]
                 fields[key] = value.copy() if isinstance(value, np.ndarray) else value
         fields["task"] = self.tasks[self.column("task_index")[index]]
@@ -157,62 +197,132 @@ class Dataset:
         """SHA-256 (hex) of info.json, the episode table and all data files, wherever they lie."""
         if self._fingerprint is None:
             total = hashlib.sha256()
-            info, _, *table = _meta_files(self.path, self.version)
-            for path in [info, *table, *self._data_files]:
+            info, _, *table = tables.meta_files(self.path, self.version)
+            for path in [info, *table, *self.data_files]:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 total.update(f"{path.relative_to(self.path).as_posix()} {digest}\n".encode())
             self._fingerprint = total.hexdigest()
         return self._fingerprint
 
-    def _check_order(self) -> None:
-        """A frame is found by its row: that must be right before any column is handed out."""
-        if "index" in self._columns:
-            return
+    def check_episodes(self, keys: Iterable[str]) -> dict[int, str]:
+        """{episode: what is wrong with it}: no frames, or numbers of the features `keys` that are
+        not finite. Empty where all is well.
+        """
+        empty = np.flatnonzero(self.episode_from == self.episode_to).tolist()
+        found = dict.fromkeys(empty, "it has no frames")
+        for key in keys:
+            values = self.column(key)
+            if values.dtype.kind != "f":
+                continue
+            wrong = np.flatnonzero(~np.isfinite(values).reshape(self.num_frames, -1).all(axis=1))
+            episodes = np.searchsorted(self.episode_to, wrong, side="right")
+            for episode, row in zip(*np.unique(episodes, return_index=True), strict=True):
+                frame, count = wrong[row] - self.episode_from[episode], (episodes == episode).sum()
+                what = f"{key!r} is not finite in {count} frames, the first is frame {frame}"
+                found.setdefault(int(episode), what)
+        return dict(sorted(found.items()))
+
+    def episode_stats(self) -> list[dict[str, dict[str, np.ndarray]]] | None:
+        """The statistics of every episode, {feature: {stat: array}}, as the dataset has them; None
+        where it has none, as v2.0. Deviations of pictures may be 0 in v3.0: LeRobot 0.4 wrote that.
+        """
+        return tables.episode_stats(tables.meta_files(self.path, self.version)[2:])
+
+    def _feature(self, name: str) -> dict:
+        if name in self.features:
+            return self.features[name]
+        near = difflib.get_close_matches(name, self.features, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"{self.path} has no {name!r}{hint} It has {list(self.features)}")
+
+    def _values(self, key: str, indices: np.ndarray) -> np.ndarray:
+        """Of these frames, int [n]: [n, *shape], pictures uint8 [n, 3, hh, ww]."""
+        if key in self.camera_keys:
+            return np.ascontiguousarray(np.moveaxis(self.frames(key).get(indices), -1, 1))
+        return self.column(key)[indices]
+
+    def _load_in_order(self, name: str) -> dict[str, np.ndarray]:
+        """A column and those of `_ORDER`: a frame is found by its row, so that must be right before
+        any column is handed out. All are read at once, since files may be many.
+        """
+        times = _TIMES if all(key in self.features for key in _TIMES) else ()
+        found = self._load(list(dict.fromkeys([*_ORDER, *times, name])))
         lengths = self.episode_to - self.episode_from
-        expected = {
-            "episode_index": np.repeat(np.arange(self.num_episodes), lengths),
-            "index": np.arange(self.num_frames),
-        }
-        for name, values in expected.items():
-            found = self._load(name)
-            if (wrong := np.flatnonzero(found != values)).size:
+        episodes = np.repeat(np.arange(self.num_episodes), lengths)
+        expected = {"episode_index": episodes, "index": np.arange(self.num_frames)}
+        if times and any(self.features[key]["dtype"] == "video" for key in self.camera_keys):
+            # LeRobot finds a frame on video by its timestamp, this by its place in the episode.
+            expected["frame_index"] = expected["index"] - self.episode_from[episodes]
+        for key, values in expected.items():
+            if (wrong := np.flatnonzero(found[key] != values)).size:
                 raise ValueError(
-                    f"{self.path / 'data'}, out of order: row {wrong[0]} should have {name} "
-                    f"{values[wrong[0]]}, found {found[wrong[0]]}; rewrite the dataset with "
+                    f"{self.path / 'data'}, out of order: row {wrong[0]} should have {key} "
+                    f"{values[wrong[0]]}, found {found[key][wrong[0]]}; rewrite the dataset with "
                     "LeRobot"
                 )
-            self._columns[name] = found
+        if times:
+            self._check_times(found["frame_index"], found["timestamp"], episodes)
+        return {key: found[key] for key in (*_ORDER, name)}
 
-    def _load(self, name: str) -> np.ndarray:
-        if name not in self.features:
-            raise ValueError(f"{self.path / 'meta' / 'info.json'} declares no feature {name!r}")
-        feature = self.features[name]
-        parts = [
-            _to_numpy(_read_parquet(path, [name])[name], feature, f"{path}: {name!r}")
-            for path in self._data_files
-        ]
-        values = np.concatenate(parts)
-        if name == "task_index" and (values.min() < 0 or values.max() >= len(self.tasks)):
+    def _check_times(self, numbers: np.ndarray, times: np.ndarray, episodes: np.ndarray) -> None:
+        expected = numbers / self.fps
+        # Stored as float32, which for hours is coarser than the tolerance.
+        allowed = TOLERANCE_S + np.spacing(np.abs(expected).astype(np.float32))
+        wrong = np.flatnonzero(~(np.abs(times - expected) <= allowed))
+        if wrong.size:
+            row, counts = wrong[0], tables.num_rows(self.data_files)
+            file = self.data_files[np.searchsorted(np.cumsum([*counts.values()]), row, "right")]
             raise ValueError(
-                f"{self.path / 'data'}: task_index goes from {values.min()} to {values.max()}, "
-                f"but the table of tasks in {self.path / 'meta'} has {len(self.tasks)} rows"
+                f"{file}: episode {episodes[row]}, frame {numbers[row]}, has timestamp "
+                f"{times[row]:.6g} s, expected frame_index / fps = {numbers[row]} / {self.fps} = "
+                f"{expected[row]:.6g} s (within {TOLERANCE_S} s); correct fps in "
+                f"{self.path / 'meta' / 'info.json'}, or the timestamps"
             )
-        values.setflags(write=False)
-        return values
 
-    def _offsets(self, key: str, seconds: Sequence[float]) -> np.ndarray:
+    def _load(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        for name in names:
+            if name not in self.features:
+                raise ValueError(f"{self.path / 'meta' / 'info.json'} declares no feature {name!r}")
+
+        def part(path: pathlib.Path) -> list[np.ndarray]:
+            read = tables.read(path, names)
+            return [_to_numpy(read[n], self.features[n], f"{path}: {n!r}") for n in names]
+
+        with concurrent.futures.ThreadPoolExecutor(pictures.THREADS) as pool:
+            parts = zip(*pool.map(part, self.data_files), strict=True)
+            found = {name: np.concatenate(p) for name, p in zip(names, parts, strict=True)}
+        for name, values in found.items():
+            if len(values) != self.num_frames:
+                raise ValueError(
+                    f"{self.path / 'data'}: expected {self.num_frames} rows, found {len(values)}; "
+                    f"{tables.AGAIN}"
+                )
+            values.setflags(write=False)
+            if name == "task_index" and (values.min() < 0 or values.max() >= len(self.tasks)):
+                raise ValueError(
+                    f"{self.path / 'data'}: task_index goes from {values.min()} to {values.max()}, "
+                    f"but the table of tasks in {self.path / 'meta'} has {len(self.tasks)} rows"
+                )
+        return found
+
+    def _in_frames(self, key: str, seconds: Sequence[float]) -> np.ndarray:
         """Offsets in seconds [T] → in frames, int64 [T]."""
-        self.column(key)  # an unknown feature, or one of pictures, ends here
-        exact = np.asarray(seconds, np.float64) * self.fps
-        frames = np.rint(exact)
-        wrong = np.abs(exact - frames) / self.fps > TOLERANCE_S
-        if wrong.any():
-            raise ValueError(
-                f"delta_timestamps[{key!r}]: {np.asarray(seconds)[wrong].tolist()} s are no whole "
-                f"frames of {self.path} (within {TOLERANCE_S} s); use multiples of 1/{self.fps} s"
-            )
-        return frames.astype(np.int64)
+        known = (key, *seconds)
+        if known not in self._offsets:
+            if self._feature(key)["dtype"] not in _PICTURES:
+                self.column(key)  # one of other values ends here
+            exact = np.asarray(seconds, np.float64) * self.fps
+            whole = np.rint(exact)
+            wrong = ~(np.abs(exact - whole) / self.fps <= TOLERANCE_S)
+            if wrong.any():
+                raise ValueError(
+                    f"delta_timestamps[{key!r}]: {np.asarray(seconds)[wrong].tolist()} s are no "
+                    f"whole frames of {self.path} (within {TOLERANCE_S} s); use multiples of "
+                    f"1/{self.fps} s"
+                )
+            self._offsets[known] = whole.astype(np.int64)
+        return self._offsets[known]
 
 
 def _numpy_dtype(feature: Mapping[str, Any]) -> np.dtype | None:
@@ -228,173 +338,57 @@ def _is_readable(feature: Mapping[str, Any]) -> bool:
     return feature["dtype"] == "string" or _numpy_dtype(feature) is not None
 
 
-def _to_numpy(column: pa.ChunkedArray, feature: Mapping[str, Any], where: str) -> np.ndarray:
-    """An arrow column, lists of any kind and depth → [rows, *shape], or [rows] for shape [1]."""
-    array, dtype, shape = column.combine_chunks(), _numpy_dtype(feature), []
-    while True:
-        array = array.storage if isinstance(array, pa.ExtensionArray) else array
-        if array.null_count and dtype is not None:
-            raise ValueError(f"{where} has {array.null_count} empty values; fill them in")
-        if not any(is_a(array.type) for is_a in _LISTS):
-            break
-        lengths = pc.unique(pc.list_value_length(array)).to_pylist()
-        if len(lengths) > 1:
-            raise ValueError(f"{where} holds lists of several lengths: {sorted(lengths)[:8]}")
-        shape += lengths
-        array = array.flatten()
-    declared = [int(size) for size in feature["shape"]]
-    if len(column) and (shape or [1]) != (declared or [1]):
-        raise ValueError(f"{where} holds values of shape {shape}, info.json declares {declared}")
-    values = array.to_numpy(zero_copy_only=False)
-    text = values.dtype == object
-    if text != (dtype is None) or not np.can_cast(values.dtype, dtype or object, "same_kind"):
-        raise ValueError(f"{where} holds {array.type}, info.json declares {feature['dtype']}")
-    values = values.astype(dtype or object)
-    return values.reshape(len(column), *([] if declared == [1] else declared))
+def _to_numpy(column: Any, feature: Mapping[str, Any], where: str) -> np.ndarray:
+    shape = [int(size) for size in feature["shape"]]
+    return tables.to_numpy(column, _numpy_dtype(feature), shape, where)
 
 
-def _read_info(path: pathlib.Path) -> dict:
-    """meta/info.json, its keys that matter here checked. Unknown keys are left alone."""
-    info = files.read_json(path)
-    needed = {"codebase_version", "features", "fps", "total_episodes", "total_frames"}
-    if missing := needed - (info.keys() if isinstance(info, dict) else set()):
-        raise ValueError(f"{path} lacks {sorted(missing)}; {_AGAIN}")
-    if info["codebase_version"] not in VERSIONS:
-        raise ValueError(
-            f"{path}: codebase_version is {info['codebase_version']!r}, expected one of "
-            f"{', '.join(VERSIONS)}; convert the dataset with LeRobot's own scripts"
-        )
-    for key in ("fps", "total_frames", "total_episodes"):
-        value = info[key]
-        if type(value) not in (int, float) or value != value // 1 or value < 1:
-            raise ValueError(f"{path}: {key} is {value!r}, expected a whole number, 1 or more")
-    features = info["features"] if isinstance(info["features"], dict) else {"?": info["features"]}
-    for key, feature in features.items():
-        if not isinstance(feature, dict) or not {"dtype", "shape"} <= feature.keys():
-            raise ValueError(f"{path}: feature {key!r} needs dtype and shape, found {feature!r}")
-    return info
-
-
-def _meta_files(path: pathlib.Path, version: str) -> list[pathlib.Path]:
-    """info.json, the table of tasks, and the file or files of the episode table."""
-    if version == "v3.0":
-        episodes = _parquet_files(path / "meta" / "episodes")
-        return [path / "meta" / "info.json", path / "meta" / "tasks.parquet", *episodes]
-    return [path / "meta" / name for name in ("info.json", "tasks.jsonl", "episodes.jsonl")]
-
-
-def _read_tasks(path: pathlib.Path, version: str) -> list[str]:
-    file = _meta_files(path, version)[1]
-    # In parquet a pandas frame whose index is the sentence: "task", with older writers nameless.
-    names = ["task", "__index_level_0__"]
-    rows = _in_order(_read_rows(file, ["task_index"], names), "task_index", file)
-    column = next((name for name in names if rows and all(name in row for row in rows)), None)
-    if column is None:
-        raise ValueError(f"{file}: expected rows with task_index and task, found {rows[:2]}")
-    return [row[column] for row in rows]
-
-
-def _read_episodes(path: pathlib.Path, info: Mapping[str, Any]) -> tuple[np.ndarray, dict]:
+def _read_lengths(
+    path: pathlib.Path, info: Mapping[str, Any], empty_episodes: bool
+) -> tuple[np.ndarray, dict[pathlib.Path, int]]:
     """Lengths in frames, int64 [num_episodes], and {data file: rows} as far as the table tells."""
-    needed, where = ["episode_index", "length"], ["data/chunk_index", "data/file_index"]
-    table = _meta_files(path, info["codebase_version"])[2:]
-    # Order and types of other columns vary between the files of a table: take what is needed.
-    rows = [row for file in table for row in _read_rows(file, needed, where)]
-    rows = _in_order(rows, "episode_index", table[0])
-    lengths = np.array([row["length"] for row in rows], np.int64)
-    expected = collections.Counter()
+    version, where = info["codebase_version"], ["data/chunk_index", "data/file_index"]
+    table = tables.meta_files(path, version)[2:]
+    rows = tables.episodes(table, ["length"], where)
+    least = 0 if empty_episodes else 1
     for number, row in enumerate(rows):
-        if info["codebase_version"] != "v3.0":
+        if type(row["length"]) is not int or row["length"] < least:
+            raise ValueError(
+                f"{table[0]}: episode {number} has length {row['length']}, expected {least} or "
+                "more frames; delete it with experiments/edit_dataset.py"
+            )
+    expected = collections.Counter()
+    template = info.get("data_path") or (_DATA_PATH_V3 if version == "v3.0" else _DATA_PATH_V2)
+    says = f"{path / 'meta' / 'info.json'}: data_path"
+    for number, row in enumerate(rows):
+        if version != "v3.0":
             chunk = number // int(info.get("chunks_size") or 1000)
-            expected[path / _DATA_PATH_V2.format(chunk, number)] += row["length"]
-        elif all(name in row for name in where):
-            expected[path / _DATA_PATH_V3.format(*(row[name] for name in where))] += row["length"]
-    return lengths, expected
-
-
-def _in_order(rows: list[dict], key: str, path: pathlib.Path) -> list[dict]:
-    """Rows sorted by `key`, which must number them 0, 1, 2, ..."""
-    found = [row[key] for row in rows]
-    if set(found) != set(range(len(rows))):
-        raise ValueError(
-            f"{path}: expected {key} 0..{len(rows) - 1}, once each, found {found[:16]}"
-        )
-    return sorted(rows, key=lambda row: row[key])
+            values = {"episode_chunk": chunk, "episode_index": number}
+        else:
+            values = {"chunk_index": row.get(where[0], 0), "file_index": row.get(where[1], 0)}
+        file = path / tables.place(path, template, says, values)
+        if version != "v3.0" or all(name in row for name in where):
+            expected[file] += row["length"]
+    return np.array([row["length"] for row in rows], np.int64), expected
 
 
 def _checked_files(path: pathlib.Path, info: dict, tabled: int, expected: dict) -> list:
     """The data files in order of frames, once their rows are known to add up to total_frames."""
-    found = _parquet_files(path / "data", example=next(iter(expected), None))
-    rows = {}
-    for file in found:
-        with _parquet(file) as opened:
-            rows[file] = opened.metadata.num_rows
+    # LeRobot finds them by these names, whatever the episode table says; else by data_path.
+    pattern = re.sub(r"\{[^}]*\}", "*", info.get("data_path") or "data/")
+    pattern = "data/*/*.parquet" if pattern.startswith("data/") else pattern
+    found = tables.find(path, pattern, next(iter(expected), None))
+    rows = tables.num_rows(found)
     total = sum(rows.values())
     if total == info["total_frames"] == tabled:
         return found
-    # LeRobot finds data files by their names, so what the table says of them only explains.
+    # What the table says of them only explains.
     for file, length in expected.items():
         if file not in rows:
-            raise FileNotFoundError(f"{file}: no such file, expected {length} rows; {_AGAIN}")
+            raise FileNotFoundError(f"{file}: no such file, expected {length} rows; {tables.AGAIN}")
         if rows[file] != length:
-            raise ValueError(f"{file}: expected {length} rows, found {rows[file]}; {_AGAIN}")
+            raise ValueError(f"{file}: expected {length} rows, found {rows[file]}; {tables.AGAIN}")
     raise ValueError(
         f"{path / 'meta' / 'info.json'}: total_frames is {info['total_frames']}, but data files "
-        f"have {total} rows and the episode table counts {tabled}; {_AGAIN}"
+        f"have {total} rows and the episode table counts {tabled}; {tables.AGAIN}"
     )
-
-
-def _parquet_files(folder: pathlib.Path, example: pathlib.Path | None = None) -> list[pathlib.Path]:
-    """folder/*/*.parquet sorted, numbers of any width as numbers; hidden files are passed over."""
-    found = [file for file in folder.glob("*/*.parquet") if not file.name.startswith(".")]
-    if not found:
-        example = example or folder / "chunk-000" / "file-000.parquet"
-        raise FileNotFoundError(f"{example}: no such file, nor another parquet file; {_AGAIN}")
-    return sorted(found, key=lambda f: (len(f.parent.name), f.parent.name, len(f.name), f.name))
-
-
-@contextlib.contextmanager
-def _parquet(path: pathlib.Path) -> Iterator[pq.ParquetFile]:
-    """Opens a parquet file; what pyarrow cannot read becomes one ValueError that names it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {_AGAIN}")
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path}: expected a whole parquet file, found {path.stat().st_size} bytes that "
-            f"cannot be read ({reason}); {_AGAIN}"
-        ) from error
-
-
-def _read_parquet(path: pathlib.Path, needed: list[str], optional: Sequence[str] = ()) -> pa.Table:
-    """The columns `needed`, and those of `optional` that the file has."""
-    with _parquet(path) as file:
-        have = file.schema_arrow.names
-        if missing := [name for name in needed if name not in have]:
-            raise ValueError(f"{path} lacks the columns {missing}; it has {have[:16]}")
-        names = [*needed, *(name for name in optional if name in have)]
-        return file.read(columns=names)
-
-
-def _read_rows(path: pathlib.Path, needed: list[str], optional: Sequence[str]) -> list[dict]:
-    """The rows of a table in parquet or JSON lines, with at least the columns `needed`."""
-    if path.suffix == ".parquet":
-        return _read_parquet(path, needed, optional).to_pylist()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {_AGAIN}")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}, is not JSON ({error}); {_AGAIN}"
-                ) from None
-            if not isinstance(row, dict) or any(key not in row for key in needed):
-                raise ValueError(f"{path}, line {number}: expected {needed}, found {row!r}")
-            rows.append(row)
-    return rows

@@ -4,13 +4,64 @@ Everything is a function of its arguments: batch number `step` of a seed is alwa
 so that a run that resumes, or another host, needs no iterator's state.
 """
 
+import collections
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+from absl import flags
 
-from policymix.data import lerobot
+from policymix.data import lerobot, rlds
+
+Dataset = lerobot.Dataset | rlds.Dataset
+_T = TypeVar("_T")
+_KEPT = "is_kept"
+
+
+def ahead(
+    make: Callable[[int], _T],
+    first: int,
+    last: int,
+    *,
+    num_threads: int,
+    num_processes: int = 0,
+    buffered: int = 2,
+) -> Iterator[_T]:
+    """make(first), make(first + 1), … make(last - 1), in order, made by grain before they are asked
+    for.
+
+    What is resumed begins at its step: nothing else has to be kept.
+
+    Args:
+      make: a pure function of the step, which may be called in any order and at the same time; for
+        processes it must pickle.
+      num_threads: that make elements, in each process.
+      num_processes: apart from this one; 0 makes elements in threads of this one.
+      buffered: elements that may wait, in each process.
+    """
+    import grain  # takes a second
+
+    threads = max(1, num_threads)
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffered, threads))
+    made = grain.MapDataset.range(first, last).map(make).to_iter_dataset(read)
+    if num_processes:
+        if not flags.FLAGS.is_parsed():  # in notebooks; grain has some, which its processes read
+            flags.FLAGS.mark_as_parsed()
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_processes, buffered))
+    return iter(made)
+
+
+def placed(batches: Iterable[_T], place: Callable[[_T], _T], *, buffered: int = 2) -> Iterator[_T]:
+    """Batches handed to `place`, which starts to copy them to the devices, `buffered` before they
+    are asked for.
+    """
+    waiting: collections.deque[_T] = collections.deque()
+    for batch in batches:
+        waiting.append(place(batch))
+        if len(waiting) > buffered:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def batch_indices(num_items: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -27,17 +78,20 @@ def batch_indices(num_items: int, batch_size: int, seed: int, step: int) -> np.n
             "expected num_items >= 1, batch_size >= 1, seed >= 0 and step >= 0; got "
             f"{num_items=}, {batch_size=}, {seed=}, {step=}"
         )
-    positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epochs, places = np.divmod(positions, num_items)
-    return np.concatenate(
-        [
-            _permutation(num_items, seed, epoch)[places[epochs == epoch]]
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-    )
+    return drawn(num_items, step * batch_size, batch_size, seed)
 
 
-@functools.lru_cache(maxsize=2)  # a batch at the turn of an epoch needs two
+def drawn(num_items: int, first: int, count: int, seed: int) -> np.ndarray:
+    """The items at the positions `first`, first + 1, … of all that is ever drawn: int64 [count]."""
+    epochs, places = np.divmod(first + np.arange(count, dtype=np.int64), num_items)
+    orders = [
+        _permutation(num_items, seed, epoch)[places[epochs == epoch]]
+        for epoch in np.unique(epochs).tolist()
+    ]
+    return np.concatenate(orders) if orders else np.zeros(0, np.int64)
+
+
+@functools.lru_cache(maxsize=64)  # the datasets of a mixture, two where an epoch turns
 def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.default_rng((seed, epoch)).permutation(num_items).astype(np.int64)
     order.setflags(write=False)  # the cache hands the same array to every caller
@@ -74,8 +128,15 @@ class ActionChunks:
       dataset: where the frames are.
       horizon: h, the actions per chunk; the first is the frame's own.
       episodes: episode numbers, in the order wanted; None for all.
-      state_key, action_key: features of numbers, of shape [p] and [a].
+      state_key, action_key: features of numbers, of shape [p] and [a], or several, one after the
+        other.
       default_prompt: the prompt of every frame, in place of the dataset's task.
+      window: w, the states up to and with the frame's own that make an example.
+
+    Where the dataset has a column `is_kept`, chunks begin at the frames alone that it marks.
+
+    Attributes:
+      whole: whether chunks begin at all frames of the episodes.
 
     Raises:
       ValueError: an episode that is not there, or a key that is not a vector of numbers.
@@ -83,24 +144,32 @@ class ActionChunks:
 
     def __init__(
         self,
-        dataset: lerobot.Dataset,
+        dataset: Dataset,
         horizon: int,
         episodes: Sequence[int] | None = None,
-        state_key: str = "observation.state",
-        action_key: str = "action",
+        state_key: str | Sequence[str] = "observation.state",
+        action_key: str | Sequence[str] = "action",
         default_prompt: str | None = None,
+        window: int = 1,
     ):
-        if horizon < 1:
+        if horizon < 1 or window < 1:
             raise ValueError(
-                f"horizon is the number of actions per chunk, at least 1; got {horizon}"
+                "horizon is the number of actions per chunk and window that of states, at least 1; "
+                f"got {horizon} and {window}"
             )
         chosen = _checked_episodes(dataset, episodes)
         starts, ends = dataset.episode_from[chosen], dataset.episode_to[chosen]
         self.dataset = dataset
-        self.horizon = horizon
+        self.horizon, self.window = horizon, window
         self._default_prompt = default_prompt
-        self._frames = np.concatenate([np.arange(*r) for r in zip(starts, ends, strict=True)])
-        self._episodes = np.repeat(chosen, ends - starts)
+        lengths = ends - starts
+        self._episodes = np.repeat(chosen.astype(np.int32), lengths)
+        before = np.cumsum(lengths) - lengths
+        self._frames = np.arange(len(self._episodes)) + np.repeat(starts - before, lengths)
+        kept = dataset.column(_KEPT)[self._frames] if _KEPT in dataset.features else True
+        self.whole = bool(np.all(kept))
+        if not self.whole:
+            self._episodes, self._frames = self._episodes[kept], self._frames[kept]
         self._states = _vectors(dataset, state_key, "state_key")
         self._actions = _vectors(dataset, action_key, "action_key")
         self._tasks = np.array(dataset.tasks, dtype=object)
@@ -112,7 +181,8 @@ class ActionChunks:
         """The frames at `positions` int [b], each in 0..len(self)-1.
 
         Returns:
-          state: float32 [b, p].
+          state: float32 [b, p]; with a window [b, w, p], before the episode its first state again,
+            and state_is_pad: bool [b, w], true for those.
           actions: float32 [b, h, a], beyond the episode its last action again.
           action_is_pad: bool [b, h], true for those.
           prompt: b sentences.
@@ -127,43 +197,52 @@ class ActionChunks:
                 f"{self.dataset.path}: positions are 0..{len(self) - 1} here, got "
                 f"{positions.min()}..{positions.max()}"
             )
-        frames, episodes = self._frames[positions], self._episodes[positions]
-        actions, is_pad = self._chunks(frames, episodes)
+        frames, episodes = self._frames[positions], self._episodes[positions].astype(np.int64)
+        first = self.dataset.episode_from[episodes]
         if self._default_prompt is None:
             prompts = self._tasks[self.dataset.column("task_index")[frames]].tolist()
         else:
             prompts = [self._default_prompt] * len(frames)
-        return {
+        actions, is_pad = self._chunks(frames, episodes)
+        found = {
             "state": self._states[frames],
             "actions": actions,
             "action_is_pad": is_pad,
             "prompt": prompts,
             "episode_index": episodes,
-            "frame_index": frames - self.dataset.episode_from[episodes],
+            "frame_index": frames - first,
         }
+        if self.window > 1:
+            window = frames[:, None] + np.arange(1 - self.window, 1)
+            found["state"] = self._states[np.maximum(window, first[:, None])]
+            found["state_is_pad"] = window < first[:, None]
+        return found
 
-    @property
-    def all_states(self) -> np.ndarray:
-        """The states of all frames of the chosen episodes: float32 [N, p]."""
-        return self._states[self._frames]
+    def blocks(self, size: int = 4096) -> Iterator[dict[str, np.ndarray]]:
+        """All examples in order, `size` at a time: {"state": [b, p], "actions": [b, h, a]}."""
+        for start in range(0, len(self), size):
+            chosen = slice(start, start + size)
+            actions, _ = self._chunks(self._frames[chosen], self._episodes[chosen])
+            yield {"state": self._states[self._frames[chosen]], "actions": actions}
 
-    def statistics_arrays(self) -> dict[str, np.ndarray]:
-        """What normalisation statistics are taken of: {"state": [N, p], "actions": [N * h, a]}.
-
-        Every element of every chunk counts, repeated ones too, as in OpenPI: late actions of an
-        episode weigh more than early ones.
+    def frame_values(self) -> dict[str, np.ndarray]:
+        """The states and actions of the chosen frames, one of each: {"state": [N, p], "actions":
+        [N, a]}.
         """
-        actions, _ = self._chunks(self._frames, self._episodes)
-        return {"state": self.all_states, "actions": actions.reshape(-1, actions.shape[-1])}
+        return {"state": self._states[self._frames], "actions": self._actions[self._frames]}
+
+    def lengths(self) -> list[int]:
+        """How many chunks begin in each of the chosen episodes, in order."""
+        return np.diff(np.flatnonzero(np.diff(self._episodes, prepend=-1, append=-1))).tolist()
 
     def _chunks(self, frames: np.ndarray, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Actions [b, h, a] from these frames on, and which lie beyond the episode [b, h]."""
         window = frames[:, None] + np.arange(self.horizon)
         last = self.dataset.episode_to[episodes][:, None] - 1
-        return self._actions[np.minimum(window, last)], window > last
+        return self._actions.take(np.minimum(window, last), axis=0), window > last
 
 
-def _checked_episodes(dataset: lerobot.Dataset, episodes: Sequence[int] | None) -> np.ndarray:
+def _checked_episodes(dataset: Dataset, episodes: Sequence[int] | None) -> np.ndarray:
     if episodes is None:
         return np.arange(dataset.num_episodes)
     chosen = np.asarray(episodes)
@@ -178,11 +257,19 @@ def _checked_episodes(dataset: lerobot.Dataset, episodes: Sequence[int] | None) 
     return chosen.astype(np.int64)
 
 
-def _vectors(dataset: lerobot.Dataset, key: str, argument: str) -> np.ndarray:
-    """A feature of numbers of shape [p] as float32 [num_frames, p]; a single number is p = 1."""
+def _vectors(dataset: Dataset, keys: str | Sequence[str], argument: str) -> np.ndarray:
+    """Features of numbers of shape [p], one after the other: float32 [num_frames, p]; a single
+    number is p = 1.
+    """
+    keys = [keys] if isinstance(keys, str) else list(keys)
+    parts = [_vector(dataset, key, argument) for key in keys]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _vector(dataset: Dataset, key: str, argument: str) -> np.ndarray:
     shapes = {k: dataset.features[k]["shape"] for k in dataset.numeric_keys}
     if key not in dataset.features or (key in shapes and len(shapes[key]) <= 1):
-        values = dataset.column(key).astype(np.float32)  # an unknown key is explained there
+        values = dataset.column(key).astype(np.float32, copy=False)  # an unknown one is told there
         return values.reshape(len(values), -1)
     raise ValueError(
         f"{argument}={key!r} is no vector of numbers in {dataset.path}: it has dtype "

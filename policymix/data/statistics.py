@@ -4,10 +4,14 @@ Quantiles are exact (linear between neighbours), where LeRobot estimates them by
 of pictures are of sampled frames, channel by channel, in [0, 1].
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
-NAMES = ("min", "max", "mean", "std", "count", *_QUANTILES)
+MOMENTS = ("min", "max", "mean", "std", "count")
+NAMES = (*MOMENTS, *_QUANTILES)
 _LARGE, _TARGET = 300, 150  # sides in pixels: from _LARGE on pictures are thinned towards _TARGET
 
 
@@ -64,3 +68,55 @@ def of_histogram(counts: np.ndarray, num_images: int) -> dict[str, np.ndarray]:
     return {name: values[..., None] for name, values in found.items()} | {
         "count": np.array([num_images])
     }
+
+
+def of_pictures(stats: Mapping[str, Any], where: str) -> dict[str, np.ndarray] | None:
+    """Stored statistics of a feature of pictures: {name: [3, 1, 1]}, "count" [1]; quantiles only if
+    all are there. None where they are worth nothing: some are missing, or the deviation is zero
+    between different values, as LeRobot 0.4 wrote it.
+
+    Raises:
+      ValueError: says `where` they have another shape, or are not finite.
+    """
+    if not stats or any(stats.get(name) is None for name in MOMENTS):
+        return None
+    names = NAMES if all(stats.get(name) is not None for name in _QUANTILES) else MOMENTS
+    found = {name: np.asarray(stats[name]) for name in names}
+    for name, values in found.items():
+        shape = (1,) if name == "count" else (3, 1, 1)
+        if values.shape != shape or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+            raise ValueError(
+                f"{where}: statistic {name!r} is {values.tolist()}, expected finite numbers of "
+                f"shape {list(shape)}"
+            )
+    if ((found["std"] == 0) & (found["min"] != found["max"])).any() or found["count"][0] < 1:
+        return None
+    return found
+
+
+def aggregate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Statistics of several sets of frames → of all of them, the "count" of each being its share.
+
+    With n_i frames of mean m_i and deviation s_i:
+    m = Σ n_i m_i / Σ n_i, s² = Σ n_i (s_i² + (m_i - m)²) / Σ n_i: exact, as minimum and maximum.
+    Quantiles cannot be, they lie between the parts'. Given is the outer end, the least up to the
+    median and the greatest above (LeRobot 0.6); none where a part has none.
+    """
+    counts = np.array([int(part["count"][0]) for part in parts])
+    shares = counts / counts.sum()
+    mean, deviation = (
+        np.stack([np.asarray(part[name], np.float64) for part in parts]) for name in ("mean", "std")
+    )
+    total = np.tensordot(shares, mean, 1)
+    found = {
+        "min": np.min([part["min"] for part in parts], axis=0),
+        "max": np.max([part["max"] for part in parts], axis=0),
+        "mean": total,
+        "std": np.sqrt(np.tensordot(shares, deviation**2 + (mean - total) ** 2, 1)),
+        "count": np.array([counts.sum()]),
+    }
+    for name, q in _QUANTILES.items():
+        if all(name in part for part in parts):
+            values = [part[name] for part in parts]
+            found[name] = np.min(values, axis=0) if q <= 0.5 else np.max(values, axis=0)
+    return found

@@ -1,28 +1,25 @@
-"""LeRobot datasets of version 3.0, written so that LeRobot opens them.
+"""LeRobot datasets of version 3.0 and 2.1, written so that LeRobot opens them.
 
-Numbers, bools, text and pictures (PNG inside the data files); videos are not encoded here.
-`timestamp`, `frame_index`, `episode_index`, `index` and `task_index` are added to every frame. The
-same episodes give the same bytes.
+Numbers, bools, text, pictures (PNG inside the data files) and videos. `timestamp`, `frame_index`,
+`episode_index`, `index` and `task_index` are added to every frame. The same episodes give the same
+bytes.
 """
 
 import concurrent.futures
-import contextlib
-import json
+import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from policymix import files
-from policymix.data import columns, lerobot, pictures, statistics
+from policymix.data import columns, layouts, pictures, statistics, video_files, videos
 
-_MB = 2**20
-_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-_EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+VERSIONS = tuple(layouts.VERSIONS)
+_THREADS = min(8, os.cpu_count() or 1)  # encoders let go of Python's lock
+_BLOCK = 32  # frames of a clip that are decoded at once for statistics
 _SCALAR = {"shape": [1], "names": None}
 AUTOMATIC = {"timestamp": {"dtype": "float32"} | _SCALAR} | {
     name: {"dtype": "int64"} | _SCALAR
@@ -40,11 +37,14 @@ class Writer:
       path: the dataset's folder, which appears at the end.
       fps: frames per second, a whole number.
       features: {name: {"dtype", "shape", "names"}} without the automatic ones. Shape [1] is a
-        single number or a text; pictures are [height, width, 3], or [3, height, width] with names.
+        single number or a text; pictures, of dtype image or video, are [height, width, 3], or
+        [3, height, width] with names.
       robot_type: what info.json says of the robot.
       overwrite: whether a dataset in that folder is replaced.
-      data_files_size_in_mb, chunks_size: a data file stays below the one, a folder of data files
-        has at most the other.
+      version: of LeRobot's format, "v3.0" or "v2.1".
+      codec: of videos, "av1" (LeRobot's default) or "h264".
+      data_files_size_in_mb, video_files_size_in_mb: in version 3.0 a file stays below that.
+      chunks_size: a folder has at most that many files of data, or of a camera.
 
     Raises:
       ValueError: a feature that cannot be written, or no episodes at the end of the block.
@@ -59,7 +59,10 @@ class Writer:
         features: Mapping[str, Mapping[str, Any]],
         robot_type: str | None = None,
         overwrite: bool = False,
+        version: str = "v3.0",
+        codec: str = "av1",
         data_files_size_in_mb: float = 100,
+        video_files_size_in_mb: float = 200,
         chunks_size: int = 1000,
     ):
         self.path = files.local(path)
@@ -68,38 +71,51 @@ class Writer:
                 f"{self.path}: fps and chunks_size are whole numbers, 1 or more; got {fps=}, "
                 f"{chunks_size=}"
             )
+        if version not in VERSIONS or codec not in video_files.CODECS:
+            raise ValueError(
+                f"{self.path}: version is one of {', '.join(VERSIONS)} and codec one of "
+                f"{', '.join(video_files.CODECS)}; got {version=}, {codec=}"
+            )
         self._fps, self._robot_type, self._overwrite = int(fps), robot_type, overwrite
-        self._limit, self._chunks_size = data_files_size_in_mb, int(chunks_size)
+        self._version, self._codec = version, codec
+        self._limits = (data_files_size_in_mb, video_files_size_in_mb, int(chunks_size))
         self._given = {name: dict(feature) for name, feature in features.items()}
         for name, feature in self._given.items():
             columns.check_feature(name, feature, str(self.path))
             if name in AUTOMATIC:
                 raise ValueError(f"{self.path}: {name!r} is written by itself; leave it out")
+            if feature["dtype"] == "video":
+                feature.pop("video_info", None)  # of older datasets
+                feature["info"] = self._format(name).info()
         self.features = self._given | AUTOMATIC
-        self._schema = columns.schema(self.features)
+        self._cameras = [k for k, f in self._given.items() if f["dtype"] in columns.PICTURES]
         self._tasks: dict[str, int] = {}
-        self._episodes: list[dict[str, Any]] = []
-        self._histograms: dict[str, list[np.ndarray]] = {}
-        self._num_frames = 0
+        self._num_episodes = self._num_frames = 0
+        self._pictures: dict[str, list[_Pictures]] = {name: [] for name in self._cameras}
+        self._sources = video_files.Sources()
         self._failed = False
 
     def __enter__(self) -> "Writer":
         files.check_output(self.path, overwrite=self._overwrite, ours=_is_dataset)
         self._whole = files.whole_directory(self.path, overwrite=self._overwrite)
         self._folder = self._whole.__enter__()
-        self._files = _DataFiles(self._folder, self._schema, self._limit, self._chunks_size)
-        self._pool = concurrent.futures.ThreadPoolExecutor(pictures.THREADS)
+        kind = layouts.VERSIONS[self._version]
+        self._layout = kind(self._folder, self.features, self._fps, *self._limits)
+        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+        self._camera_pool = concurrent.futures.ThreadPoolExecutor(max(1, len(self._cameras)))
         return self
 
     def __exit__(self, *raised) -> None:
+        self._camera_pool.shutdown()  # before the pool that it hands pictures to
         self._pool.shutdown()
         try:
             if raised[0] is None:
-                self._files.close()
+                self._layout.close()
                 self._finish()
             else:
-                self._files.abandon()
+                self._layout.abandon()
         except BaseException:
+            self._layout.abandon()
             self._whole.__exit__(*sys.exc_info())
             raise
         self._whole.__exit__(*raised)
@@ -109,28 +125,34 @@ class Writer:
         """Where the dataset is in the making: for files of one's own beside it."""
         return self._folder
 
-    def add_episode(self, arrays: Mapping[str, Any], task: str | Sequence[str]) -> None:
+    def add_episode(
+        self,
+        arrays: Mapping[str, Any],
+        task: str | Sequence[str],
+        stats: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Writes one episode of T frames.
 
         Args:
           arrays: {feature: [T, *shape]} of every feature given at the start; shape [1] may be left
-            out; pictures are uint8 or T PNG or JPEG files as bytes.
+            out; pictures are uint8 or T PNG or JPEG files as bytes, or for a video a
+            `video_files.Clip` of T frames.
           task: the instruction, or one for each frame.
+          stats: {feature: {statistic: array}} of features of pictures, which are kept instead of
+            being computed again; of what is missing or useless here, pictures are decoded.
 
         Raises:
-          ValueError: a feature is missing or unknown, or its values are not as declared; nothing
-            of the episode is written then.
+          ValueError: a feature is missing or unknown, or its values are not as declared, or cannot
+            be encoded; nothing of the episode is written then.
+          FileNotFoundError: nor is it if a clip's file is missing.
         """
-        number = len(self._episodes)
+        number = self._num_episodes
         where = f"{self.path}, episode {number}"
         values = self._checked(arrays, where)
         length = len(next(iter(values.values())))
         sentences = _checked_tasks(task, length, where)
-        histograms = {
-            name: self._histogram(name, values[name], where)
-            for name, feature in self._given.items()
-            if feature["dtype"] == "image"
-        }
+        known = self._checked_stats(stats or {}, where)
+        counted, segments = self._encoded(values, known, where)
         # From here on nothing is wrong with the episode; the disk may still be.
         for sentence in sentences:
             self._tasks.setdefault(sentence, len(self._tasks))
@@ -142,24 +164,23 @@ class Writer:
             "index": self._num_frames + frames,
             "task_index": np.array([self._tasks[sentence] for sentence in sentences]),
         }
-        stats = self._episode_stats(values, histograms)
+        found = {
+            name: counted[name].stats() if name in counted else statistics.of_numbers(values[name])
+            for name, feature in self.features.items()
+            if feature["dtype"] != "string"
+        }
+        tasks = list(dict.fromkeys(sentences))
+        row = {"episode_index": number, "tasks": tasks, "length": length}
+        layout = self._layout
+        table = columns.table(self.features, values, layout.schema, layout.picture)
         try:
-            chunk, file = self._files.write(columns.table(self.features, values, self._schema))
+            layout.add(row, table, segments, found)
         except BaseException:
             self._failed = True
             raise
-        for name, counted in histograms.items():
-            self._histograms.setdefault(name, []).append(counted)
-        row = {
-            "episode_index": number,
-            "tasks": list(dict.fromkeys(sentences)),
-            "length": length,
-            "data/chunk_index": chunk,
-            "data/file_index": file,
-            "dataset_from_index": self._num_frames,
-            "dataset_to_index": self._num_frames + length,
-        }
-        self._episodes.append(row | stats)
+        for name, one in counted.items():
+            self._pictures[name].append(one)
+        self._num_episodes += 1
         self._num_frames += length
 
     def _checked(self, arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -169,10 +190,13 @@ class Writer:
                 f"{where}: expected the features {list(self._given)}; missing {sorted(missing)}, "
                 f"unknown {sorted(extra)}"
             )
-        values = {
-            name: columns.checked(feature, arrays[name], f"{where}: {name!r}", self._pool.map)
-            for name, feature in self._given.items()
-        }
+        values = {}
+        for name, feature in self._given.items():
+            if feature["dtype"] == "video" and isinstance(arrays[name], video_files.Clip):
+                values[name] = arrays[name]
+            else:
+                place = f"{where}: {name!r}"
+                values[name] = columns.checked(feature, arrays[name], place, self._pool.map)
         lengths = {name: len(column) for name, column in values.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(
@@ -180,126 +204,120 @@ class Writer:
             )
         return values
 
-    def _histogram(self, name: str, images: list[bytes], where: str) -> tuple[np.ndarray, int]:
-        """(how often each value occurs in the sampled pictures, int64 [3, 256]; their number)"""
-        shape = pictures.size(self._given[name], where)
+    def _checked_stats(self, stats: Mapping[str, Mapping[str, Any]], where: str) -> dict:
+        if extra := stats.keys() - set(self._cameras):
+            raise ValueError(
+                f"{where}: stats are taken of the pictures {self._cameras} alone, got "
+                f"{sorted(extra)}"
+            )
+        return {k: statistics.of_pictures(v, f"{where}: {k!r}") for k, v in stats.items()}
 
-        def count(frame: int) -> np.ndarray:
-            image = pictures.decode(images[frame], shape, f"{where}: {name!r}, frame {frame}")
-            return statistics.histogram(image)
+    def _encoded(self, values: Mapping[str, Any], known: Mapping, where: str) -> tuple[dict, dict]:
+        """({camera: its statistics}, {video: its segment}), all cameras at once."""
 
-        chosen = statistics.sampled(len(images)).tolist()
-        return sum(self._pool.map(count, chosen)), len(chosen)
-
-    def _episode_stats(self, values: Mapping[str, Any], histograms: Mapping[str, Any]) -> dict:
-        """{"stats/<feature>/<stat>": nested lists}."""
-        row = {}
-        for name, feature in self.features.items():
-            if feature["dtype"] == "string":
-                continue
-            if name in histograms:
-                stats = statistics.of_histogram(*histograms[name])
+        def encode(name: str) -> tuple["_Pictures", video_files.Segment | None]:
+            place, taken = f"{where}: {name!r}", None
+            read = _reader(values[name], self._given[name], place)
+            if self._given[name]["dtype"] == "video":
+                taken = values[name]
+                if not isinstance(taken, video_files.Clip):
+                    taken = (read(np.array([frame]))[0] for frame in range(len(values[name])))
+                taken = video_files.segment(taken, self._format(name), place, self._sources)
+            if known.get(name) is not None:
+                return _Pictures(known=known[name]), taken
+            sampled = statistics.sampled(len(values[name]))
+            blocks = np.array_split(sampled, -(-len(sampled) // _BLOCK))
+            if isinstance(values[name], video_files.Clip):  # its reader is for one thread
+                counts = [_count(read(block)) for block in blocks]
             else:
-                stats = statistics.of_numbers(values[name])
-            row |= {f"stats/{name}/{stat}": stats[stat].tolist() for stat in statistics.NAMES}
-        return row
+                counts = list(self._pool.map(lambda block: _count(read(block)), blocks))
+            return _Pictures(sum(counts), len(sampled)), taken
+
+        found = dict(zip(self._cameras, self._camera_pool.map(encode, self._cameras), strict=True))
+        segments = {name: taken for name, (_, taken) in found.items() if taken is not None}
+        return {name: counted for name, (counted, _) in found.items()}, segments
+
+    def _format(self, name: str) -> video_files.Format:
+        height, width = pictures.size(self._given[name], f"{self.path}: {name!r}")
+        return video_files.Format(self._codec, self._fps, height, width)
 
     def _finish(self) -> None:
         """The tables of the folder meta; info.json, without which nothing is a dataset, last."""
         if self._failed:
             raise ValueError(f"{self.path}: an episode could not be written, so nothing is kept")
-        if not self._episodes:
+        if not self._num_episodes:
             raise ValueError(f"{self.path}: no episodes were added; a dataset has one or more")
-        info = self._info()
-        (self._folder / _EPISODES_PATH).parent.mkdir(parents=True)
-        place = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        rows = [row | place for row in self._episodes]
-        schema = columns.episodes_schema(self.features)
-        pq.write_table(pa.Table.from_pylist(rows, schema), self._folder / _EPISODES_PATH)
-        pq.write_table(_tasks_table(list(self._tasks)), self._folder / "meta" / "tasks.parquet")
-        files.write_json(self._folder / "meta" / "stats.json", self._stats(info))
-        files.write_json(self._folder / "meta" / "info.json", info)
-
-    def _stats(self, info: dict) -> dict[str, dict[str, list]]:
-        """Of all frames, read back from the data files one feature at a time."""
-        lengths = np.array([row["length"] for row in self._episodes])
-        found = {}
-        for name, feature in self.features.items():
-            if feature["dtype"] == "string":
-                continue
-            if name in self._histograms:
-                counts, numbers = zip(*self._histograms[name], strict=True)
-                found[name] = statistics.of_histogram(sum(counts), sum(numbers))
-            else:
-                # A new object each time: it would keep every column it has read.
-                written = lerobot.Dataset(
-                    self._folder, info, list(self._tasks), lengths, self._files.paths
-                )
-                found[name] = statistics.of_numbers(written.column(name))
-        return {
-            name: {stat: stats[stat].tolist() for stat in statistics.NAMES}
-            for name, stats in found.items()
-        }
-
-    def _info(self) -> dict[str, Any]:
-        return {
-            "codebase_version": "v3.0",
+        stats = self._stats() if self._version == "v3.0" else {}
+        self._layout.finish(list(self._tasks), stats)
+        info = {
+            "codebase_version": self._version,
             "robot_type": self._robot_type,
-            "total_episodes": len(self._episodes),
+            "total_episodes": self._num_episodes,
             "total_frames": self._num_frames,
             "total_tasks": len(self._tasks),
-            "chunks_size": self._chunks_size,
-            "data_files_size_in_mb": self._limit,
-            "video_files_size_in_mb": 200,
-            "fps": self._fps,
-            "splits": {"train": f"0:{len(self._episodes)}"},
-            "data_path": _DATA_PATH,
-            "video_path": None,
-            "features": self.features,
+        } | self._layout.info()
+        paths = {key: info.pop(key) for key in ("data_path", "video_path")}
+        info |= {"fps": self._fps, "splits": {"train": f"0:{self._num_episodes}"}}
+        info |= paths | {"features": self.features}
+        files.write_json(self._folder / "meta" / "info.json", info)
+
+    def _stats(self) -> dict[str, dict[str, np.ndarray]]:
+        """Of all frames; numbers are read back from the data files, one feature at a time."""
+        return {
+            name: _pooled(self._pictures[name])
+            if name in self._pictures
+            else statistics.of_numbers(self._layout.column(name))
+            for name, feature in self.features.items()
+            if feature["dtype"] != "string"
         }
 
 
-class _DataFiles:
-    """The data files of one dataset, a row group per episode; the next begins when one is full."""
+class _Pictures:
+    """What is known of an episode's pictures: how often each value occurs in the sampled ones,
+    int64 [3, 256], and their number; or only the statistics.
+    """
 
-    def __init__(self, folder, schema: pa.Schema, limit: float, chunks_size: int):
-        self._folder, self._schema, self._limit = folder, schema, limit * _MB
-        self._chunks_size = chunks_size
-        self._sink = self._parquet = None
-        self._rows = 0
-        self.paths: list = []
+    def __init__(self, counts=None, num_images: int = 0, known: dict | None = None):
+        self.counts, self.num_images, self._known = counts, num_images, known
 
-    def write(self, table: pa.Table) -> tuple[int, int]:
-        """Appends an episode; returns the indices of chunk and file it lies in."""
-        if self._parquet is not None:
-            size = self._sink.tell()
-            if size + size / self._rows * len(table) >= self._limit:
-                self.close()
-        if self._parquet is None:
-            self._open()
-        self._parquet.write_table(table, row_group_size=len(table))
-        self._rows += len(table)
-        return divmod(len(self.paths) - 1, self._chunks_size)
+    def stats(self) -> dict[str, np.ndarray]:
+        if self._known is not None:
+            return self._known
+        return statistics.of_histogram(self.counts, self.num_images)
 
-    def _open(self) -> None:
-        chunk, file = divmod(len(self.paths), self._chunks_size)
-        path = self._folder / _DATA_PATH.format(chunk_index=chunk, file_index=file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._sink = path.open("wb")
-        self._parquet = pq.ParquetWriter(self._sink, self._schema)
-        self._rows = 0
-        self.paths.append(path)
 
-    def close(self) -> None:
-        if self._parquet is not None:
-            self._parquet.close()  # writes the footer
-            self._sink.close()
-            self._sink = self._parquet = None
+def _pooled(episodes: list[_Pictures]) -> dict[str, np.ndarray]:
+    """Statistics of all episodes' pictures: exact, unless those of an episode were only given."""
+    if any(episode.counts is None for episode in episodes):
+        return statistics.aggregate([episode.stats() for episode in episodes])
+    counts = sum(episode.counts for episode in episodes)
+    return statistics.of_histogram(counts, sum(episode.num_images for episode in episodes))
 
-    def abandon(self) -> None:
-        """Closes what will be deleted, so that what went wrong before is the error that is told."""
-        with contextlib.suppress(Exception):
-            self.close()
+
+def _count(images: np.ndarray) -> np.ndarray:
+    return sum(statistics.histogram(image) for image in images)
+
+
+def _reader(values: Any, feature: Mapping[str, Any], where: str) -> Callable:
+    """What gives frames of an episode by number: int [n] → uint8 [n, hh, ww, 3]."""
+    if isinstance(values, np.ndarray):
+        return lambda frames: values[frames]
+    shape = pictures.size(feature, where)
+    if not isinstance(values, video_files.Clip):
+        return lambda frames: np.stack(
+            [pictures.decode(values[k], shape, f"{where}, frame {k}") for k in frames]
+        )
+    opened: list[videos.Reader] = []  # only if needed
+
+    def read(frames: np.ndarray) -> np.ndarray:
+        if not opened:
+            opened.append(videos.Reader(values.path, values.fps, shape))
+        try:
+            return opened[0].get(values.first_frame + frames)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    return read
 
 
 def _is_dataset(path) -> bool:
@@ -315,30 +333,3 @@ def _checked_tasks(task: str | Sequence[str], length: int, where: str) -> list[s
             f"{len(sentences)}: {sentences[:3]}"
         )
     return sentences
-
-
-def _tasks_table(tasks: list[str]) -> pa.Table:
-    """tasks.parquet: for pandas, a frame whose index is the sentence; that is what LeRobot reads.
-
-    The description of the index is the one that pandas 2 writes itself.
-    """
-    index = "__index_level_0__"
-    kinds = {
-        "task_index": {"pandas_type": "int64", "numpy_type": "int64"},
-        None: {"pandas_type": "unicode", "numpy_type": "object"},
-    }
-    described = {
-        "index_columns": [index],
-        "column_indexes": [
-            {"name": None, "field_name": None} | kinds[None] | {"metadata": {"encoding": "UTF-8"}}
-        ],
-        "columns": [
-            {"name": name, "field_name": name or index} | kind | {"metadata": None}
-            for name, kind in kinds.items()
-        ],
-        "attributes": {},
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.3.3",
-    }
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), index: tasks})
-    return table.replace_schema_metadata({"pandas": json.dumps(described)})

@@ -5,6 +5,7 @@ import functools
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from policymix.mixing import objective as objective_lib
 from policymix.mixing import search as search_lib
 from policymix.models import flow, pi0
 from policymix.reports import tables
-from policymix.runs import measurements, mixing_rows, model_rows, policies, rollouts
+from policymix.runs import data_rows, measurements, mixing_rows, model_rows, policies, rollouts
 from policymix.runs.measurements import Row, here, interleaved
 from policymix.sim import envs, workers
 from policymix.structs import Batch
@@ -32,13 +33,14 @@ def run(
     config: pi0.Pi0Config,
     small: ml_collections.ConfigDict,
     rows: Sequence[str],
-    models: Mapping[str, pi0.Pi0Config] = mixing_rows.MODELS | model_rows.MODELS,
+    models: Mapping[str, Any] = mixing_rows.MODELS | model_rows.MODELS | data_rows.SIZES,
 ) -> str:
     """Measures the named rows, or all, on freshly initialised models; returns the table.
 
     Args:
       config: the model of `gradient` and `sampling`; small: the policy of `training` and
-        `rollouts`, whole; models: those of checkpoints on disk, by dtype, and of `model_rows`.
+        `rollouts`, whole; models: those of checkpoints on disk, by dtype, and of `model_rows`; the
+        sizes of `data_rows`.
     """
     chosen = rows or list(ROWS)
     if unknown := [row for row in chosen if row not in ROWS]:
@@ -219,4 +221,10 @@ ROWS = {  # name: how it is measured, and what it is given
     "all_cameras": (model_rows.all_cameras_row, "sampled"),
     "samples": (model_rows.samples_row, "sampled"),  # 8 of one observation
     "step": (model_rows.step_row, "trained"),  # at batch 1
+    "items": (data_rows.items_row, "data"),  # chunks of 50, no pictures
+    "pictures": (data_rows.picture_row, "data"),  # a 96-px PNG each
+    "videos": (data_rows.video_row, "data"),  # AV1, in random order and in runs
+    "batches": (data_rows.batches_row, "data"),  # of 32, two threads
+    "rlds": (data_rows.rlds_row, "data"),  # JPEG at 224 px
+    "opening": (data_rows.open_row, "data"),  # a million frames
 }

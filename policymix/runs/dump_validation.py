@@ -7,7 +7,7 @@ import ml_collections
 from policymix import files
 from policymix.checkpoints import assets
 from policymix.data import validation
-from policymix.runs import encoding, policies
+from policymix.runs import encoding, metadata, policies
 from policymix.runs import pipeline as pipeline_lib
 
 
@@ -31,12 +31,14 @@ def dump(
     if num_batches < 1:
         raise ValueError(f"--num_batches is {num_batches}; at least 1 is needed")
     files.check_output(output, overwrite=overwrite, ours=pathlib.Path.is_file)
+    config = metadata.complete(config)
     model = policies.model_config(config, why="a validation file")
     pipeline = pipeline_lib.Pipeline(config, model)
     if len(pipeline.sources) > 1:
         raise ValueError(
             f"config.data.path names {len(pipeline.sources)} datasets; a validation file is of one"
         )
+    ((asset_id, stats),) = pipeline.norm_stats.items()
     dataset, episodes = pipeline.sources[0].dataset, pipeline.sources[0].held_out_episodes
     selection, held_out = pipeline.validation(
         batch_size=config.train.batch_size, num_batches=num_batches, held_out=config.mix.held_out
@@ -49,8 +51,8 @@ def dump(
         "path": str(dataset.path),
         "fingerprint": dataset.fingerprint(),
         "episodes": episodes,
-        "asset_id": pipeline.asset_id,
-    } | assets.norm_stats_json(pipeline.norm_stats)
+        "asset_id": asset_id,
+    } | assets.norm_stats_json(stats)
     print(
         f"{dataset.path}: {len(selection)} batches of {config.train.batch_size} to "
         f"select on and {len(held_out)} held out, from the episodes {episodes}; "

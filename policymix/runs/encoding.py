@@ -1,7 +1,8 @@
-"""What the network takes and gives, from and to what a dataset or a robot has: normalisation,
-padding, prompts, cameras.
+"""What the network takes and gives, from and to what a dataset or a robot has: the robot's own
+numbers, relative actions, normalisation, padding, prompts, cameras.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +13,69 @@ import numpy as np
 from policymix.data import tokenizer
 from policymix.models import pi0
 from policymix.structs import Batch, Observation
-from policymix.transforms import normalize, prompts
+from policymix.transforms import compose, images, normalize, prompts, robots
 
 ABSENT = "absent"  # what config.data.cameras says of a camera that the robot does not have
+_STATE, _ACTION = "observation.state", "action"  # LeRobot's names
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """What lies between a dataset's features and the network's, as config.data says, and where it
+    leaves that open its robot's table.
+
+    Attributes:
+      state_keys, action_keys: features of numbers, laid side by side.
+      cameras: {camera of the model: picture feature or ABSENT}; what is not said is not there.
+      adapt: the robot's numbers ↔ those that are normalised.
+      relative: whether that makes actions relative to the state of their frame.
+      scheme: of normalisation; masks: {"state" or "actions": dimensions that it is of}.
+    """
+
+    state_keys: tuple[str, ...]
+    action_keys: tuple[str, ...]
+    cameras: Mapping[str, str]
+    adapt: compose.Chain
+    relative: bool
+    scheme: str
+    masks: Mapping[str, tuple[bool, ...]]
+
+
+def wiring(data: ml_collections.ConfigDict) -> Wiring:
+    """ValueError for a robot that has no table, or fields that say what cannot be."""
+    robot = robots.find(data.robot) if data.robot else None
+    relative = _relative(data.delta_actions, robot)
+    steps = [robot.adapter] if robot and robot.adapted and robot.adapter else []
+    if any(relative):
+        steps.append(compose.DeltaActions(relative))
+    named = {camera: feature for camera, feature in data.cameras.items() if feature}
+    if robot:
+        named = dict.fromkeys(data.cameras, ABSENT) | dict(robot.cameras) | named
+    return Wiring(
+        state_keys=_keys(data.state_key, robot.state if robot else (_STATE,)),
+        action_keys=_keys(data.action_key, (robot.action,) if robot else (_ACTION,)),
+        cameras=named,
+        adapt=compose.chain(steps),
+        relative=any(relative),
+        scheme=data.normalization or (robot.scheme if robot else "") or "mean_std",
+        masks=robot.normalized if robot else {},
+    )
+
+
+def _keys(named: str, default) -> tuple[str, ...]:
+    return tuple(key.strip() for key in named.split(",") if key.strip()) or tuple(default)
+
+
+def _relative(said, robot: robots.Robot | None) -> tuple[bool, ...]:
+    """Which actions are relative to the state: as said, in OpenPI's way; None: as of the robot."""
+    if said is None:
+        return robot.positions if robot and robot.relative else ()
+    if not all(isinstance(n, int) and n for n in said):
+        raise ValueError(
+            f"config.data.delta_actions is {tuple(said)}; expected OpenPI's way to write a mask: "
+            "(6, -1) is six dimensions relative to the state and one that is not, () is none"
+        )
+    return compose.bool_mask(*said)
 
 
 class Encoder:
@@ -22,6 +83,7 @@ class Encoder:
 
     Attributes:
       model: the network's configuration; norm_stats: {"state", "actions"}.
+      wiring: what lies between the robot and what is normalised.
       cameras: {camera of the model: picture feature of the dataset}, without absent ones.
       seen: the model with these cameras alone: what computes on encoded observations.
     """
@@ -34,7 +96,9 @@ class Encoder:
     ):
         self.model, self.norm_stats, self.cameras = model, norm_stats, cameras(model, data)
         self.seen = model.seeing(self.cameras)
-        self._quantiles = data.quantiles
+        self.wiring = wiring(data)
+        masks = _fitting(self.wiring.masks, norm_stats)
+        self._normalize = normalize.Normalize(norm_stats, self.wiring.scheme, masks)
         self._tokenizer = _tokenizer(model, data.tokenizer)
         self._prompts: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # few, and met at every step
 
@@ -45,33 +109,36 @@ class Encoder:
           raw: "state" [b, p]; "prompt": b sentences; "images": {camera of the model: uint8
             [b, hh, ww, 3]}, needed for `cameras`.
         """
-        state = self._normalized(raw["state"], "state")
-        tokens, mask = self._tokens(raw["prompt"], state) if self._tokenizer else (None, None)
-        images = {camera: self._picture(raw["images"][camera], camera) for camera in self.cameras}
-        masks = {camera: np.ones(len(state), bool) for camera in self.cameras}
-        proprio = _pad(state, self.model.proprio_dim)
-        return masked(self.seen, Observation(images, masks, proprio, tokens, mask))
+        _check_finite(raw["state"], "state")
+        return self._observation(raw, self.wiring.adapt.apply({"state": raw["state"]}))
 
     def batch(self, raw: Mapping[str, Any]) -> Batch:
         """The same with the "actions" [b, h, a] that follow."""
-        actions = self._normalized(raw["actions"], "actions")
-        return Batch(self.observation(raw), _pad(actions, self.model.action_dim))
+        numbers = {key: raw[key] for key in compose.NUMERIC}
+        for key, values in numbers.items():
+            _check_finite(values, key)
+        adapted = self.wiring.adapt.apply(numbers)
+        actions = self._normalize.apply(adapted)["actions"].astype(np.float32)
+        return Batch(self._observation(raw, adapted), _pad(actions, self.model.action_dim))
 
-    def actions(self, sampled: np.ndarray) -> np.ndarray:
-        """What the network sampled [b, h, action_dim] → actions of the robot, float32 [b, h, a]."""
-        stats = self.norm_stats["actions"]
-        kept = np.asarray(sampled)[..., : len(stats.mean)]
-        return normalize.unnormalize(kept, stats, use_quantiles=self._quantiles).astype(np.float32)
+    def actions(self, sampled: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """What the network sampled [b, h, action_dim] → actions of the robot, float32 [b, h, a].
 
-    def _normalized(self, values: np.ndarray, key: str) -> np.ndarray:
-        stats, values = self.norm_stats[key], np.asarray(values)
-        if not np.isfinite(values).all():
-            *example, dim = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
-            raise ValueError(
-                f"{key!r} of a robot holds {values[(*example, dim)]} in dimension {dim} of "
-                f"example {example[0]}: a sensor that gave no number, or data that was not recorded"
-            )
-        return normalize.normalize(values, stats, use_quantiles=self._quantiles).astype(np.float32)
+        Args:
+          state: the robot's [b, p] that it was sampled for.
+        """
+        kept = np.asarray(sampled)[..., : len(self.norm_stats["actions"].mean)]
+        found = self._normalize.invert({"actions": kept})
+        adapted = self.wiring.adapt.apply({"state": np.asarray(state)})
+        return self.wiring.adapt.invert(adapted | found)["actions"].astype(np.float32)
+
+    def _observation(self, raw: Mapping[str, Any], adapted: Mapping[str, Any]) -> Observation:
+        state = self._normalize.apply({"state": adapted["state"]})["state"].astype(np.float32)
+        tokens, mask = self._tokens(raw["prompt"], state) if self._tokenizer else (None, None)
+        seen = {camera: self._picture(raw["images"][camera], camera) for camera in self.cameras}
+        masks = {camera: np.ones(len(state), bool) for camera in self.cameras}
+        proprio = _pad(state, self.model.proprio_dim)
+        return masked(self.seen, Observation(seen, masks, proprio, tokens, mask))
 
     def _tokens(self, texts, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.model.discrete_state_input:
@@ -84,19 +151,33 @@ class Encoder:
         tokens, masks = zip(*(self._prompts[text] for text in texts), strict=True)
         return np.stack(tokens), np.stack(masks)
 
-    def _picture(self, images: np.ndarray, camera: str) -> np.ndarray:
-        expected = (*self.model.image_resolution, 3)
-        if images.dtype != np.uint8:
+    def _picture(self, pictures: np.ndarray, camera: str) -> np.ndarray:
+        if pictures.dtype != np.uint8:
             raise ValueError(
-                f"pictures of {self.cameras[camera]!r} have dtype {images.dtype}; expected uint8 "
+                f"pictures of {self.cameras[camera]!r} have dtype {pictures.dtype}; expected uint8 "
                 "in 0..255"
             )
-        if images.shape[1:] != expected:
-            raise ValueError(
-                f"pictures of {self.cameras[camera]!r} are {images.shape[1:]}, "
-                f"config.model.image_resolution expects {expected}: set it to that of the pictures"
-            )
-        return images
+        return images.resize_with_pad(pictures, *self.model.image_resolution)
+
+
+def _check_finite(values: np.ndarray, key: str) -> None:
+    if not np.isfinite(values).all():
+        *example, dim = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise ValueError(
+            f"{key!r} of a robot holds {np.asarray(values)[(*example, dim)]} in dimension {dim} of "
+            f"example {example[0]}: a sensor that gave no number, or data that was not recorded"
+        )
+
+
+def _fitting(
+    masks: Mapping[str, tuple[bool, ...]], stats: normalize.Stats
+) -> dict[str, tuple[bool, ...]]:
+    """Masks of as many dimensions as the statistics have: beyond them all are normalised."""
+    return {
+        key: (mask + (True,) * len(stats[key].mean))[: len(stats[key].mean)]
+        for key, mask in masks.items()
+        if key in stats
+    }
 
 
 def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, str]:
@@ -104,14 +185,15 @@ def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, 
 
     ValueError for a camera of which nothing is said.
     """
-    named = {camera: feature for camera, feature in data.cameras.items() if feature}
-    if unknown := sorted(set(named) - set(model.image_keys)):
+    named = {camera for camera, feature in data.cameras.items() if feature}
+    if unknown := sorted(named - set(model.image_keys)):
         near = difflib.get_close_matches(unknown[0], model.image_keys, n=1)
         raise ValueError(
             f"config.data.cameras names {unknown[0]!r}, config.model.image_keys are "
             f"{list(model.image_keys)}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    if lacking := [camera for camera in model.image_keys if camera not in named]:
+    known = wiring(data).cameras
+    if lacking := [camera for camera in model.image_keys if camera not in known]:
         raise ValueError(
             f"config.model.image_keys names the cameras {lacking}, and config.data.cameras says of "
             "no picture feature that it is theirs: name it, as --config.data.cameras."
@@ -132,7 +214,8 @@ def masked(model: pi0.Pi0Config, observation: Observation) -> Observation:
 
 def present(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, str]:
     """{camera of the model: what the config says of it}, without those that are absent."""
-    named = {camera: data.cameras.get(camera, "") for camera in model.image_keys}
+    known = wiring(data).cameras
+    named = {camera: known.get(camera, "") for camera in model.image_keys}
     return {camera: feature for camera, feature in named.items() if feature != ABSENT}
 
 

@@ -16,7 +16,7 @@ from policymix.checkpoints import provenance
 from policymix.data import validation as validation_lib
 from policymix.reports import evaluations, tables
 from policymix.runs import judge as judge_lib
-from policymix.runs import policies, rollouts
+from policymix.runs import metadata, policies, rollouts
 from policymix.sim import envs, workers
 
 RESULT = "evaluation.json"
@@ -54,6 +54,7 @@ def evaluate(
       ValueError, OSError: bad config, checkpoints or output, or a missing simulator.
     """
     started = time.monotonic()
+    config = metadata.complete(config)
     model = policies.model_config(config, why="evaluation")
     tasks = envs.parse_all(request.env or config.evaluate.env)
     _check(config, request, model)
@@ -151,15 +152,16 @@ def _names(request: Request) -> list[str]:
 def _check_robot(config: ml_collections.ConfigDict, policy: policies.Policy, env: envs.Env) -> None:
     """ValueError if a policy reads or does what the environment does not have."""
     seen = {name: f["shape"] for name, f in env.features.items() if name != "action"}
+    states = policy.encoder.wiring.state_keys
     cameras = {f"cameras.{camera}": name for camera, name in policy.encoder.cameras.items()}
-    for field, name in {"state_key": config.data.state_key, **cameras}.items():
+    for field, name in [*(("state_key", key) for key in states), *cameras.items()]:
         if len(seen.get(name, ())) != (1 if field == "state_key" else 3):
             raise ValueError(
                 f"config.data.{field} is {name!r}; the environments observe "
                 + ", ".join(f"{key} {list(shape)}" for key, shape in seen.items())
             )
     stats, model = policy.encoder.norm_stats, policy.model
-    (p,), (a,) = seen[config.data.state_key], env.features["action"]["shape"]
+    p, (a,) = sum(seen[key][0] for key in states), env.features["action"]["shape"]
     for key, size, most in (("state", p, model.proprio_dim), ("actions", a, model.action_dim)):
         known = len(stats[key].mean) if key in stats else 0
         if size > min(known, most) or (key == "actions" and size < known):

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from policymix import memory
 
 REPEATS = 3
@@ -44,6 +42,8 @@ def interleaved(*sides: Callable[[], Measurement], repeats: int = 0) -> tuple[Me
 
 def here(function: Callable[[], Any]) -> Callable[[], Measurement]:
     """Times a call in this process; the first, which compiles, is not counted."""
+    import jax  # not for processes that are measured: it takes memory
+
     jax.block_until_ready(function())
 
     def measure():

@@ -8,11 +8,9 @@ import numpy as np
 from policymix import files
 from policymix.checkpoints import assets
 from policymix.reports import tables
-from policymix.runs import encoding, policies
+from policymix.runs import encoding, metadata, policies
 from policymix.runs import pipeline as pipeline_lib
 from policymix.transforms import normalize
-
-_CONSTANT = 1e-12  # a deviation below this fraction of the mean is rounding alone
 
 
 def write(
@@ -35,8 +33,8 @@ def write(
     path = files.local(output)
     path = path if path.suffix == ".json" and not path.is_dir() else path / assets.NORM_STATS
     files.check_output(path, overwrite=overwrite, ours=_is_norm_stats)
+    config = metadata.complete(config).copy_and_resolve_references()
     model = policies.model_config(config, why="the length of action chunks")
-    config = config.copy_and_resolve_references()
     if config.data.held_out == 1:
         raise ValueError(
             "config.data.held_out is 1, which leaves no training episodes to take statistics from: "
@@ -46,7 +44,13 @@ def write(
     # Statistics need no pictures.
     config.data.cameras = dict.fromkeys(model.image_keys, encoding.ABSENT)
     pipeline = pipeline_lib.Pipeline(config, model)
-    stats = pipeline.norm_stats
+    if len(pipeline.norm_stats) > 1:
+        raise ValueError(
+            f"the mixture {config.data.mixture!r} has statistics of its own for each of "
+            f"{', '.join(pipeline.norm_stats)}: training computes them; or name one dataset with "
+            "config.data.path"
+        )
+    (stats,) = pipeline.norm_stats.values()
     print(describe(stats))
     if dry_run:
         print("dry run: nothing was written")
@@ -62,8 +66,7 @@ def describe(stats: normalize.Stats) -> str:
     for key, entry in stats.items():
         for d, values in enumerate(_by_dimension(entry)):
             rows.append([f"{key}[{d}]", *(f"{value:.6g}" for value in values)])
-        unchanged = np.flatnonzero(entry.std <= _CONSTANT * np.abs(entry.mean))
-        constant += [f"{key}[{d}]" for d in unchanged]
+        constant += [f"{key}[{d}]" for d in normalize.constant_dims(entry)]
     table = tables.table(rows, ["", *normalize.FIELDS])
     if not constant:
         return table

@@ -1,16 +1,19 @@
 """From datasets on disk to batches that the network takes."""
 
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
-from policymix import files
+from policymix import files, processes
 from policymix.checkpoints import assets, layout
+from policymix.data import loader
 from policymix.models import pi0
-from policymix.runs import encoding
+from policymix.runs import encoding, metadata, statistics
 from policymix.runs import sources as sources_lib
 from policymix.structs import Batch
 from policymix.transforms import normalize
@@ -20,10 +23,11 @@ class Pipeline:
     """Batches of one dataset, or of a mixture, for one model.
 
     Attributes:
-      sources: one per dataset of config.data.path.
-      asset_id: what the statistics are called beside checkpoints.
-      norm_stats: {"state", "actions"}; norm_stats_from: where they come from, in words.
-      encoder: raw examples → what the network takes.
+      sources: one per dataset of config.data.
+      norm_stats: {what they are called beside checkpoints: statistics}, one for all datasets; of a
+        mixture one for each.
+      norm_stats_from: where they come from, in words.
+      encoder: raw examples → what the network takes; of a mixture that of its first dataset.
     """
 
     def __init__(
@@ -33,64 +37,50 @@ class Pipeline:
         resumed: pathlib.Path | None = None,
     ):
         """`resumed` is the step whose run goes on: its normalisation and data may not change."""
-        data = config.data
-        paths = [path for path in data.path.split(",") if path]
-        if not paths:
-            raise ValueError(
-                "config.data.path is empty: pass --config.data.path=DIRECTORY of a LeRobot "
-                "dataset, or several, as a,b"
-            )
-        self.model, self._seed = model, config.train.seed
-        cameras = encoding.cameras(model, data)
+        data, parts = config.data, metadata.parts(config.data)
+        self.model, self._seed, self._data = model, config.train.seed, data
         self.sources = [
-            sources_lib.Source(path, data, model.action_horizon, cameras) for path in paths
+            sources_lib.Source(
+                part.name,
+                part.data,
+                model.action_horizon,
+                encoding.cameras(model, part.data),
+                model.image_resolution,
+            )
+            for part in parts
         ]
-        sources_lib.check_alike(self.sources)
-        self._fractions = tuple(data.fractions)
-        self.asset_id = data.asset_id or files.local(paths[0]).name
-        self.norm_stats, self.norm_stats_from = self._find_norm_stats(config, resumed)
-        self._check_dimensions()
-        self.encoder = encoding.Encoder(model, data, self.norm_stats)
+        # A mixture is of several robots, each with its own sizes and its own normalisation.
+        if data.mixture:
+            groups = {
+                part.asset_id: [source] for part, source in zip(parts, self.sources, strict=True)
+            }
+        else:
+            sources_lib.check_alike(self.sources)
+            groups = {data.asset_id or self.sources[0].dataset.path.name: self.sources}
+        self.norm_stats, self._encoders = {}, []
+        for asset_id, group in groups.items():
+            own = parts[self.sources.index(group[0])].data
+            stats, self.norm_stats_from = _find_norm_stats(config, own, asset_id, group, resumed)
+            self._check_dimensions(group, stats)
+            self.norm_stats[asset_id] = stats
+            self._encoders += [encoding.Encoder(model, own, stats)] * len(group)
+        self.encoder = self._encoders[0]
         if resumed:
             self._check_same_data(resumed)
 
-    def _find_norm_stats(
-        self, config: ml_collections.ConfigDict, resumed: pathlib.Path | None
-    ) -> tuple[normalize.Stats, str]:
-        """Those of the run that goes on; else those named; else those of the checkpoint that
-        training starts from, so that the two can be mixed; else new ones.
-        """
-        named, asset_id = config.data.norm_stats, config.data.asset_id or None
-        if not resumed and named.endswith(".json"):
-            return assets.read_norm_stats(files.local(named)), named
-        source = str(resumed or named or config.train.init_from)
-        if source:
-            layout.find(source)  # what is not there is no reason to compute new ones
-            if found := assets.norm_stats_of(source, asset_id):
-                return found[1], source
-            if resumed or named:
-                raise ValueError(f"{source} has no norm stats beside it")
-        trained = [source.train for source in self.sources if source.train]
-        if not trained:
-            raise ValueError(
-                "config.data.held_out is 1, so there are no training episodes to take statistics "
-                "from: name them with config.data.norm_stats=CHECKPOINT or a norm_stats.json"
-            )
-        arrays = [chunks.statistics_arrays() for chunks in trained]
-        stats = {
-            key: normalize.compute(np.concatenate([a[key] for a in arrays])) for key in arrays[0]
-        }
-        return stats, "the training episodes"
+    @functools.cached_property
+    def _fractions(self) -> np.ndarray:
+        return metadata.fractions(self._data, [len(source.train) for source in self.sources])
 
-    def _check_dimensions(self) -> None:
+    def _check_dimensions(self, sources: Sequence[sources_lib.Source], stats) -> None:
         sizes = {"state": self.model.proprio_dim, "actions": self.model.action_dim}
         fields = {"state": "proprio_dim", "actions": "action_dim"}
-        for source in self.sources:
+        for source in sources:
             shapes, path = source.shapes(), source.dataset.path
             for key, size in sizes.items():
-                if key not in self.norm_stats:
+                if key not in stats:
                     raise ValueError(f"the norm stats of {self.norm_stats_from} lack {key!r}")
-                d, known = shapes[key][-1], len(self.norm_stats[key].mean)
+                d, known = shapes[key][-1], len(stats[key].mean)
                 if d > size:
                     raise ValueError(
                         f"{key!r} of {path} has {d} dimensions, config.model.{fields[key]} is "
@@ -116,20 +106,49 @@ class Pipeline:
         """What is recorded beside a checkpoint of what it was trained on, dataset by dataset."""
         return [source.training() for source in self.sources]
 
-    def check_trains(self, batch_size: int) -> None:
-        """ValueError if there is nothing to train on, or a dataset without a share of a batch."""
+    def check_trains(self) -> None:
+        """ValueError if there is nothing to train on, or fractions that cannot be."""
         for source in self.sources:
             if source.train is None:
                 raise ValueError(
                     "config.data.held_out is 1, which keeps every episode for validation: nothing "
                     "is left to train on"
                 )
-        sources_lib.shares(self.sources, self._fractions, batch_size)
+        _ = self._fractions
 
-    def batch(self, step: int, batch_size: int) -> Batch:
-        """Training batch number `step`: a function of the seed and the step alone."""
-        counts = sources_lib.shares(self.sources, self._fractions, batch_size)
-        return self.encoder.batch(sources_lib.draw(self.sources, counts, self._seed, step))
+    def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
+        """The `rows` of training batch number `step`: a function of the seed and the step alone."""
+        drawn = sources_lib.draw(self.sources, self._fractions, batch_size, self._seed, step, rows)
+        encoded = [self._encoders[number].batch(raw) for number, raw in drawn.items()]
+        if len(encoded) == 1:
+            return encoded[0]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *encoded)
+
+    def batches(
+        self, first: int, last: int, batch_size: int, shard: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        """Training batches `first` to `last` - 1, made ahead by config.data.num_threads threads, or
+        num_processes processes.
+
+        Args:
+          shard: (this process, how many there are): each makes its rows of every batch.
+        """
+        index, count = shard
+        if batch_size % count or not 0 <= index < count:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be shared equally by {count} processes, of which "
+                f"this is {index}"
+            )
+        size = batch_size // count
+        rows = slice(index * size, (index + 1) * size)
+        make = functools.partial(self.batch, batch_size=batch_size, rows=rows)
+        return loader.ahead(
+            make,
+            first,
+            last,
+            num_threads=self._data.num_threads or processes.num_cores(),
+            num_processes=self._data.num_processes,
+        )
 
     def validation(self, batch_size: int, num_batches: int, held_out: float):
         """Batches of held-out episodes, every frame at most once: (to select on, to report on).
@@ -166,3 +185,33 @@ class Pipeline:
             self.encoder.batch(source.get(chunks, order[start : start + batch_size]))
             for start in starts
         ]
+
+
+def _find_norm_stats(
+    config: ml_collections.ConfigDict,
+    data: ml_collections.ConfigDict,
+    asset_id: str,
+    sources: Sequence[sources_lib.Source],
+    resumed: pathlib.Path | None,
+) -> tuple[normalize.Stats, str]:
+    """Those of the run that goes on; else those named; else those of the checkpoint that training
+    starts from, so that the two can be mixed; else new ones.
+    """
+    named, chosen = data.norm_stats, asset_id if data.mixture else data.asset_id or None
+    if not resumed and named.endswith(".json"):
+        return assets.read_norm_stats(files.local(named)), named
+    source = str(resumed or named or config.train.init_from)
+    if source:
+        layout.find(source)  # what is not there is no reason to compute new ones
+        if found := assets.norm_stats_of(source, chosen):
+            return found[1], source
+        if resumed or named:
+            raise ValueError(f"{source} has no norm stats beside it")
+    trained = [source.train for source in sources if source.train]
+    if not trained:
+        raise ValueError(
+            "config.data.held_out is 1, so there are no training episodes to take statistics "
+            "from: name them with config.data.norm_stats=CHECKPOINT or a norm_stats.json"
+        )
+    stats = statistics.of_chunks(trained, encoding.wiring(data).adapt, data.quantile_rule)
+    return stats, "the training episodes"

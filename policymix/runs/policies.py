@@ -15,7 +15,8 @@ from policymix.checkpoints import assets, keymaps, leaves, store
 from policymix.checkpoints.leaves import Leaf
 from policymix.models import pi0, recognize
 from policymix.runs import encoding
-from policymix.structs import LossFn, Observation, Params
+from policymix.structs import Batch, LossFn, Observation, Params
+from policymix.transforms import images
 
 VOCABULARY_PADDING = 64  # rows
 
@@ -32,6 +33,11 @@ def model_config(config: ml_collections.ConfigDict, *, why: str) -> pi0.Pi0Confi
     if unknown := sorted(set(fields) - known):
         raise ValueError(
             f"config.model has unknown fields {unknown}; Pi0Config has {sorted(known)}"
+        )
+    if lacking := [f for f in ("action_dim", "image_keys") if f in fields and fields[f] is None]:
+        raise ValueError(
+            f"{why} needs config.model.{lacking[0]}, which the config leaves to a dataset: set it "
+            "as it is in the run's config.json"
         )
     return pi0.Pi0Config(**fields)
 
@@ -93,11 +99,20 @@ def read_params(header: Mapping[str, Any], dtype: str = "") -> Params:
 
 
 @functools.cache
-def loss_fn(model: pi0.Pi0Config) -> LossFn:
+def loss_fn(model: pi0.Pi0Config, *, augment: bool = False) -> LossFn:
     """(params, batch, key) → (mean flow-matching loss, metrics); one object per model, so that what
-    was compiled for it is found again.
+    was compiled for it is found again. `augment`: of pictures augmented as OpenPI's in training.
     """
-    return functools.partial(pi0.loss, model)
+    loss = functools.partial(pi0.loss, model)
+    if not augment:
+        return loss
+
+    def augmented(params: Params, batch: Batch, key: jax.Array):
+        seen = images.augment(jax.random.fold_in(key, 1), batch.observation.images)
+        observation = batch.observation.replace(images=seen)
+        return loss(params, batch.replace(observation=observation), key)
+
+    return augmented
 
 
 @functools.cache
@@ -165,7 +180,7 @@ class Policy:
             jnp.asarray(call, jnp.uint32),
             num_flow_steps,
         )
-        return self.encoder.actions(np.asarray(sampled))
+        return self.encoder.actions(np.asarray(sampled), raw["state"])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_flow_steps"))

@@ -80,7 +80,7 @@ class PolicyFiles(NamedTuple):
                 self.stats,
                 cameras=there,
                 dtype=self._dtype,
-                quantiles=self.data.quantiles,
+                quantiles=encoding.wiring(self.data).scheme != "mean_std",
             )
 
     @property

@@ -92,10 +92,10 @@ def _raw(
     prompts: Mapping[envs.Task, str],
 ) -> dict[str, Any]:
     """Observations of environments as the encoder takes them."""
-    data = config.data
+    states = policy.encoder.wiring.state_keys
     return {
-        "state": np.stack([o[data.state_key] for o in observations]),
-        "prompt": [data.default_prompt or prompts[task] for task in tasks],
+        "state": np.stack([np.concatenate([o[key] for key in states]) for o in observations]),
+        "prompt": [config.data.default_prompt or prompts[task] for task in tasks],
         "images": {
             camera: np.stack([o[feature] for o in observations])
             for camera, feature in policy.encoder.cameras.items()

@@ -14,9 +14,10 @@ import ml_collections
 
 from policymix import files, memory, metrics, sharding, trees
 from policymix.checkpoints import assets, keymaps, series, store
+from policymix.data import loader
 from policymix.models import lora, pi0, recognize
+from policymix.runs import metadata, policies
 from policymix.runs import pipeline as pipeline_lib
-from policymix.runs import policies
 from policymix.training import optimizers
 from policymix.training import state as state_lib
 from policymix.training.state import TrainState
@@ -42,6 +43,7 @@ def train(
     Raises:
       ValueError, OSError: bad config, data or workdir. FloatingPointError: the loss is not finite.
     """
+    config = metadata.complete(config)
     model = policies.model_config(config, why="training")
     workdir = files.local(workdir)
     _check_settings(config.train)
@@ -49,7 +51,7 @@ def train(
     latest = None if overwrite else series.latest_step(workdir)
     resumed = None if latest is None else workdir / str(latest)
     pipeline = pipeline_lib.Pipeline(config, model, resumed)
-    pipeline.check_trains(config.train.batch_size)
+    pipeline.check_trains()
     mesh = _mesh(config.train, devices)
     shapes = pi0.shapes(model)
     settings = _optimizer_settings(config, model)
@@ -61,7 +63,7 @@ def train(
     places = sharding.parameters(mesh, like)
     _print_plan(config, model, pipeline, like, mesh, workdir)
     seen = pipeline.encoder.seen
-    loss_fn = policies.loss_fn(seen)
+    loss_fn = policies.loss_fn(seen, augment=config.data.augment)
     filled = None if resumed else _fill(config, model, like)
     if dry_run:
         jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
@@ -83,13 +85,16 @@ def train(
             params = _initial_params(filled, model, like, places, key)
             state = jax.jit(start, out_shardings=places)(params)
         step_fn = _compiled(
-            model, seen, mesh, *_optimizer_settings(config, model), config.train.ema_decay
+            model,
+            seen,
+            mesh,
+            *_optimizer_settings(config, model),
+            config.train.ema_decay,
+            config.data.augment,
         )
         ancestor = resumed or config.train.init_from
         inherited = assets.trainings_of(ancestor) if ancestor else []
-        beside = series.Assets(
-            pipeline.asset_id, pipeline.norm_stats, [*pipeline.trainings(), *inherited]
-        )
+        beside = series.Assets(pipeline.norm_stats, [*pipeline.trainings(), *inherited])
         return _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn, rates)
     finally:
         saved.close()
@@ -104,9 +109,12 @@ def _loop(config, workdir, pipeline, beside, mesh, saved, state, step_fn, rates)
         print(f"step {first} is reached already; config.train.num_steps is {last}")
         return state
     writer = metrics.Writer(workdir, resume_step=first)
-    pending, logged, place = None, (first, time.monotonic()), sharding.batch(mesh)
-    for step in metrics.progress(range(first, last), "training", lines=0):
-        batch = jax.device_put(pipeline.batch(step, config.train.batch_size), place)
+    pending, logged = None, (first, time.monotonic())
+    place = functools.partial(sharding.put, place=sharding.batch(mesh))
+    shard = (jax.process_index(), jax.process_count())
+    made = pipeline.batches(first, last, config.train.batch_size, shard)
+    steps = zip(range(first, last), loader.placed(made, place), strict=True)
+    for step, batch in metrics.progress(steps, "training", total=last - first, lines=0):
         state, values = step_fn(state, batch, root_key, rates[step])
         if pending and (pending[0] % config.train.log_every == 0):
             logged = _log(writer, *pending, logged)
@@ -198,6 +206,7 @@ def _compiled(
     clip_norm: float,
     freeze: tuple[str, ...],
     ema_decay: float,
+    augment: bool,
 ):
     """The jitted step; runs of one process that differ in data or learning rate share it. `seen` is
     the model with the cameras that are there.
@@ -207,7 +216,7 @@ def _compiled(
     places = sharding.parameters(mesh, jax.eval_shape(start, pi0.shapes(model)))
     step_fn = functools.partial(
         state_lib.update,
-        loss_fn=policies.loss_fn(seen),
+        loss_fn=policies.loss_fn(seen, augment=augment),
         optimizer=optimizer,
         ema_decay=ema_decay,
         frozen=frozenset(optimizers.frozen_paths(pi0.shapes(model), freeze)),

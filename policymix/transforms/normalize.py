@@ -1,16 +1,22 @@
 """Normalisation of proprio and actions, its inverse, and its statistics. OpenPI's formulas and its
-schema.
+schema; open-pi-zero's bounds.
 
 d is the raw (unpadded) dimension of the statistics; arrays may be padded beyond it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from policymix.transforms import compose, selection
+
 FIELDS = ("mean", "std", "q01", "q99")
-_EPSILON = 1e-6
+SCHEMES = ("mean_std", "quantiles", "bounds")
+QUANTILES = (0.01, 0.99)
+_EPSILON = {"mean_std": 1e-6, "quantiles": 1e-6, "bounds": 1e-8}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,47 +44,194 @@ class NormStats:
 Stats = dict[str, NormStats]  # "state" and "actions"
 
 
-def normalize(x, stats: NormStats, *, use_quantiles: bool):
-    """[..., d'] → normalised, d' ≤ d: (x - mean) / (std + 1e-6), or 2 (x - q01) / (q99 - q01 +
-    1e-6) - 1.
+def normalize(x, stats: NormStats, *, scheme: str, mask: Sequence[bool] | None = None):
+    """Raw [..., d'] → normalised, d' ≤ d.
+
+    Args:
+      scheme: "mean_std": (x - mean) / (std + 1e-6); "quantiles": 2 (x - q01) / (q99 - q01 + 1e-6)
+        - 1, both OpenPI's; "bounds": clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1),
+        open-pi-zero's.
+      mask: [d]; where it is False, dimensions pass through, as commands to a gripper may.
     """
     d = x.shape[-1]
     if d > len(stats.mean):
         raise ValueError(f"norm stats have {len(stats.mean)} dimensions, the data {d}")
-    if use_quantiles:
-        q01, q99 = (values[:d] for values in _quantiles(stats))
-        return (x - q01) / (q99 - q01 + _EPSILON) * 2.0 - 1.0
-    return (x - stats.mean[:d]) / (stats.std[:d] + _EPSILON)
+    low, width = (values[:d] for values in _affine(stats, scheme))
+    if scheme == "mean_std":
+        normed = (x - low) / width
+    elif scheme == "quantiles":
+        normed = (x - low) / width * 2.0 - 1.0
+    else:
+        normed = np.clip(2.0 * (x - low) / width - 1.0, -1.0, 1.0)
+    return normed if mask is None else np.where(_checked(mask, stats)[:d], normed, x)
 
 
-def unnormalize(x, stats: NormStats, *, use_quantiles: bool):
-    """The inverse of `normalize`; dimensions beyond the statistics pass through unchanged."""
+def unnormalize(x, stats: NormStats, *, scheme: str, mask: Sequence[bool] | None = None):
+    """The inverse of `normalize`, of "bounds" within them; dimensions beyond the statistics pass
+    through unchanged.
+    """
     d = min(x.shape[-1], len(stats.mean))
     head, tail = x[..., :d], x[..., d:]
-    if use_quantiles:
-        q01, q99 = (values[:d] for values in _quantiles(stats))
-        head = (head + 1.0) / 2.0 * (q99 - q01 + _EPSILON) + q01
-    else:
-        head = head * (stats.std[:d] + _EPSILON) + stats.mean[:d]
-    return np.concatenate([head, tail], axis=-1)
+    low, width = (values[:d] for values in _affine(stats, scheme))
+    raw = head * width + low if scheme == "mean_std" else (head + 1.0) / 2.0 * width + low
+    if mask is not None:
+        raw = np.where(_checked(mask, stats)[:d], raw, head)
+    return np.concatenate([raw, tail], axis=-1)
 
 
-def _quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
+def _affine(stats: NormStats, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    """What is subtracted, and by what is divided, each [d]."""
+    if scheme not in SCHEMES:
+        near = difflib.get_close_matches(str(scheme), SCHEMES, n=1)
+        raise ValueError(
+            f"normalisation {scheme!r}: expected one of {', '.join(SCHEMES)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if scheme == "mean_std":
+        return stats.mean, stats.std + _EPSILON[scheme]
     if stats.q01 is None or stats.q99 is None:
         raise ValueError(
             "quantile normalisation needs q01 and q99, which these norm stats lack; recompute "
             "the statistics"
         )
-    return stats.q01, stats.q99
+    return stats.q01, stats.q99 - stats.q01 + _EPSILON[scheme]
 
 
-def compute(values: np.ndarray) -> NormStats:
-    """Statistics of [..., d] over all leading axes, in float64, quantiles exact."""
-    flat = np.asarray(values, np.float64).reshape(-1, np.shape(values)[-1])
-    if not len(flat):
+def _checked(mask: Sequence[bool], stats: NormStats) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.shape != stats.mean.shape:
+        raise ValueError(
+            f"the mask of normalised dimensions is {mask.dtype} {mask.shape}; expected bool "
+            f"{stats.mean.shape}, one for each dimension of the norm stats"
+        )
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize(compose.Transform):
+    """`normalize` of every key that has statistics.
+
+    Attributes:
+      stats: {"state", "actions"}; masks: {key: [d]}, dimensions to be normalised.
+    """
+
+    stats: Stats
+    scheme: str = "mean_std"
+    masks: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for key, entry in self.stats.items():
+            _affine(entry, self.scheme)
+            if self.masks.get(key) is not None:
+                _checked(self.masks[key], entry)
+
+    def apply(self, example: compose.Example) -> dict[str, Any]:
+        return self._each(example, normalize)
+
+    def invert(self, example: compose.Example) -> dict[str, Any]:
+        return self._each(example, unnormalize)
+
+    def _each(self, example: compose.Example, function: Callable) -> dict[str, Any]:
+        changed = {
+            key: function(
+                np.asarray(example[key]), entry, scheme=self.scheme, mask=self.masks.get(key)
+            )
+            for key, entry in self.stats.items()
+            if key in example
+        }
+        return {**example, **changed}
+
+
+def constant_dims(stats: NormStats, scheme: str = "mean_std") -> list[int]:
+    """Dimensions without a scale: those that never change and, where quantiles make the scale,
+    those whose middle 98 % are one value. Normalised, they are noise or out of bounds.
+    """
+    # Beyond float64's rounding of a mean, and far below any sensor's.
+    flat = stats.std <= 1e-9 * np.maximum(np.abs(stats.mean), 1.0)
+    if scheme != "mean_std":
+        low, width = _affine(stats, scheme)
+        flat = flat | (width - _EPSILON[scheme] <= 1e-9 * np.maximum(np.abs(low), 1.0))
+    return [int(d) for d in np.flatnonzero(flat)]
+
+
+def chunk_counts(length: int, horizon: int) -> np.ndarray:
+    """How often each frame of an episode occurs in its chunks of actions, int64 [length].
+
+    Chunk i holds the frames i, …, i + horizon - 1, the last frame standing for those beyond the
+    end. Frame j < length - 1 occurs min(j + 1, horizon) times, and the last one in what remains of
+    length · horizon.
+    """
+    counts = np.minimum(np.arange(1, length + 1), horizon)
+    if length:
+        counts[-1] = length * horizon - counts[:-1].sum()
+    return counts
+
+
+def compute(values: np.ndarray, counts: np.ndarray | None = None) -> NormStats:
+    """Statistics of [..., d] over all leading axes, in float64, quantiles exact.
+
+    Args:
+      counts: int [...], how often each vector occurs. The result is that of the vectors repeated
+        so often, without repeating them.
+    """
+    block = values if counts is None else (values, counts)
+    return compute_blocks(lambda: [block])
+
+
+def compute_blocks(blocks: Callable[[], Iterable[selection.Block]]) -> NormStats:
+    """Statistics of data that need not fit into memory; quantiles exact.
+
+    Moments are merged block by block, then `selection.quantiles` passes over the blocks two to four
+    times.
+
+    Args:
+      blocks: begins a pass over the same blocks: values [..., d], or (values [..., d], how often
+        each occurs, int [...]).
+    """
+    moments, dtype = Moments.of(np.zeros((0, 0))), np.dtype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for values, counts in selection.pieces(blocks()):
+            moments = moments.merge(Moments.of(values, counts))
+            dtype = np.promote_types(dtype, values.dtype)
+    if not moments.count:
         raise ValueError("norm stats of no data: the dataset or the choice of episodes is empty")
-    q01, q99 = np.quantile(flat, [0.01, 0.99], axis=0)
-    return NormStats(flat.mean(0), flat.std(0), q01, q99)
+    if not np.isfinite(moments.squares).all():
+        dim = int(np.argmin(np.isfinite(moments.squares)))
+        raise ValueError(
+            f"norm stats of values that are not finite, in dimension {dim}: a sensor that gave no "
+            "number, or data that was not recorded; leave such episodes out"
+        )
+    found = selection.quantiles(blocks, QUANTILES, moments.count, len(moments.mean), dtype)
+    return NormStats(moments.mean, np.sqrt(moments.squares / moments.count), *found)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Number of values, their mean [d], and their summed squared distances from it [d]."""
+
+    count: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, counts: np.ndarray | None = None) -> "Moments":
+        """Those of [n, d], row i occurring counts[i] times."""
+        values = np.asarray(values, np.float64)
+        each = np.ones(len(values)) if counts is None else counts.astype(np.float64)
+        total = int(each.sum())
+        mean = each @ values / max(total, 1)
+        return cls(total, mean, each @ (values - mean) ** 2)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Those of both together. Source: Chan, Golub and LeVeque, 1983, "Algorithms for computing
+        the sample variance".
+        """
+        if not self.count or not other.count:
+            return self if self.count else other
+        count, apart = self.count + other.count, other.mean - self.mean
+        mean = self.mean + apart * (other.count / count)
+        between = apart**2 * (self.count * other.count / count)
+        return Moments(count, mean, self.squares + other.squares + between)
 
 
 def average(stats: Sequence[NormStats], coefficients: np.ndarray) -> NormStats:

@@ -1,19 +1,29 @@
+import io
 import json
 import pathlib
+import pickle
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from policymix.data import lerobot
 
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata" / "lerobot"
 NAMES = ("pusht_v30_video", "pusht_v21_video")
+V3, V2 = NAMES
+IMAGES = "pusht_v30_multifile_image"
+CAMERA = "observation.image"
 # Read back through LeRobot itself (0.4.4 for v3.0, 0.3.3 for v2.1) with these deltas; the fields
-# are saved as <index>/<field>, without pictures.
-GOLDEN_DELTAS = {"observation.state": [-0.1, 0], "action": [step / 10 for step in range(8)]}
+# are saved as <index>/<field>.
+GOLDEN_DELTAS = {
+    "observation.image": [-0.1, 0],
+    "observation.state": [-0.1, 0],
+    "action": [step / 10 for step in range(8)],
+}
 
 
 @pytest.fixture
@@ -66,7 +76,7 @@ def _write_v3(path, lengths_by_file, features, columns, tasks=("do it",)):
     return path
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, IMAGES])
 def test_items_equal_lerobots(name):
     dataset = lerobot.open_dataset(TESTDATA / name)
     golden = np.load(TESTDATA / f"golden_{name}.npz")
@@ -78,9 +88,12 @@ def test_items_equal_lerobots(name):
         got, want = items[index][field], golden[entry]
         assert np.shape(got) == want.shape, entry
         assert field == "task" or got.dtype == want.dtype, entry
-        np.testing.assert_array_equal(got, want, err_msg=entry)
+        if field == CAMERA:
+            assert np.abs(got.astype(int) - want).max() <= 1, entry
+        else:
+            np.testing.assert_array_equal(got, want, err_msg=entry)
     assert len(items) == 9
-    assert len(golden.files) == 90
+    assert len(golden.files) == 108
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,7 +133,8 @@ def test_both_versions_hold_the_same_frames():
 def test_item_without_deltas_is_one_frame_of_its_own():
     dataset = lerobot.open_dataset(TESTDATA / "pusht_v30_video")
     item = dataset.item(100)
-    assert set(item) == {*dataset.numeric_keys, "task"}
+    assert set(item) == {*dataset.numeric_keys, CAMERA, "task"}
+    assert (item[CAMERA].dtype, item[CAMERA].shape) == (np.uint8, (3, 96, 96))
     assert item["action"].shape == (2,)
     assert np.shape(item["next.done"]) == ()
     before = dataset.column("action")[100].copy()
@@ -144,17 +158,283 @@ def test_item_out_of_range(index):
         lerobot.open_dataset(TESTDATA / "pusht_v30_video").item(index)
 
 
+@pytest.mark.parametrize("name", [*NAMES, IMAGES])
+def test_deltas_are_the_single_items_at_the_clamped_frames(name):
+    dataset, rng = lerobot.open_dataset(TESTDATA / name), np.random.default_rng(0)
+    keys = (CAMERA, "observation.state", "timestamp")
+    for index in [0, 77, 78, 752, *rng.integers(0, 753, 4).tolist()]:
+        steps = rng.integers(-100, 100, 5)
+        item = dataset.item(index, {key: (steps / 10).tolist() for key in keys})
+        episode = dataset.column("episode_index")[index]
+        first, last = dataset.episode_from[episode], dataset.episode_to[episode] - 1
+        singles = [dataset.item(int(np.clip(index + step, first, last))) for step in steps]
+        for key in keys:
+            np.testing.assert_array_equal(item[key], np.stack([one[key] for one in singles]))
+            np.testing.assert_array_equal(
+                item[f"{key}_is_pad"], (index + steps < first) | (index + steps > last)
+            )
+
+
+@pytest.mark.parametrize("name", [*NAMES, IMAGES])
+def test_a_list_of_one_offset_keeps_its_axis_but_for_videos(name):
+    dataset = lerobot.open_dataset(TESTDATA / name)
+    plain = dataset.item(80)
+    item = dataset.item(80, {CAMERA: [0], "action": [0.0]})
+    assert item["action"].shape == (1, 2)
+    assert item[f"{CAMERA}_is_pad"].tolist() == [False]
+    pictures = item[CAMERA] if name == IMAGES else item[CAMERA][None]
+    np.testing.assert_array_equal(pictures, plain[CAMERA][None])
+    np.testing.assert_array_equal(item["action"], plain["action"][None])
+    assert item["task"] == plain["task"]
+
+
+def test_both_versions_show_the_same_videos():
+    v3, v2 = (lerobot.open_dataset(TESTDATA / name) for name in NAMES)
+    indices = np.array([0, 77, 78, 400, 752])
+    # Encoded one by one and all in one file: not the same bits, but the same scenes.
+    left, right = (d.frames(CAMERA).get(indices).astype(int) for d in (v3, v2))
+    assert np.abs(left - right).mean() < 1
+    assert np.abs(left[0] - right[3]).mean() > 3  # what another scene differs by
+
+
 def test_pictures_and_unknown_features_are_explained():
     dataset = lerobot.open_dataset(TESTDATA / "pusht_v30_video")
-    said = r"observation\.image.*this version reads numeric and text features"
-    with pytest.raises(ValueError, match=said):
-        dataset.column("observation.image")
-    with pytest.raises(ValueError, match=said):
-        dataset.item(0, {"observation.image": [0]})
+    with pytest.raises(ValueError, match=r"observation\.image.*columns are numbers and text"):
+        dataset.column(CAMERA)
+    with pytest.raises(ValueError, match=r"'action' has dtype float32, expected image or video"):
+        dataset.frames("action")
     with pytest.raises(ValueError, match=r"'acton'.*did you mean 'action'"):
         dataset.column("acton")
+    with pytest.raises(ValueError, match=r"'observation\.imag'.*did you mean"):
+        dataset.frames("observation.imag")
     with pytest.raises(ValueError, match=r"'acton'.*did you mean 'action'"):
         dataset.item(0, {"acton": [0]})
+
+
+def test_clips_of_both_versions():
+    v3, v2 = (lerobot.open_dataset(TESTDATA / name) for name in NAMES)
+    file = "videos/observation.image/chunk-000/file-000.mp4"
+    for episode in range(8):
+        assert v3.clip(CAMERA, episode) == (v3.path / file, v3.episode_from[episode])
+    assert v2.clip(CAMERA, 3) == (
+        v2.path / "videos/chunk-000/observation.image/episode_000003.mp4",
+        0,
+    )
+    with pytest.raises(ValueError, match="'observation.image' is no video"):
+        lerobot.open_dataset(TESTDATA / IMAGES).clip(CAMERA, 0)
+
+
+def test_episode_statistics_as_stored(copies):
+    v3, v2 = (lerobot.open_dataset(TESTDATA / name) for name in NAMES)
+    assert [len(d.episode_stats()) for d in (v3, v2)] == [8, 8]
+    actions = v3.column("action")
+    for episode in (0, 7):
+        rows = actions[v3.episode_from[episode] : v3.episode_to[episode]]
+        for dataset in (v3, v2):
+            stats = dataset.episode_stats()[episode]
+            np.testing.assert_allclose(stats["action"]["mean"], rows.mean(axis=0), rtol=1e-5)
+            assert stats["action"]["count"].tolist() == [len(rows)]
+            assert stats[CAMERA]["mean"].shape == (3, 1, 1)
+    assert (v3.robot_type, v2.robot_type) == ("2d pointer", "2d pointer")
+    (copies["pusht_v21_video"] / "meta/episodes_stats.jsonl").unlink()
+    assert lerobot.open_dataset(copies["pusht_v21_video"]).episode_stats() is None
+
+
+def _edit_rows(path, file="data/chunk-000/file-000.parquet", **columns):
+    """Puts other values into columns: {name: {row: value}}."""
+    table = pq.read_table(path / file)
+    for name, changes in columns.items():
+        values = table[name].to_pylist()
+        for row, value in changes.items():
+            values[row] = value
+        place, kind = table.schema.get_field_index(name), table.schema.field(name).type
+        table = table.set_column(place, name, pa.array(values, kind))
+    pq.write_table(table, path / file)
+
+
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+
+
+def test_bad_episodes_are_named_and_do_not_stop_the_reader(copies):
+    path = copies["pusht_v30_video"]
+    _edit_rows(path, action={80: [np.nan, 0], 81: [0, np.inf]}, **{"next.reward": {752: -np.inf}})
+    dataset = lerobot.open_dataset(path)
+    assert np.isnan(dataset.column("action")[80, 0])
+    assert dataset.check_episodes(["observation.state", "index"]) == {}
+    assert dataset.check_episodes(["action", "next.reward"]) == {
+        1: "'action' is not finite in 2 frames, the first is frame 2",
+        7: "'next.reward' is not finite in 1 frames, the first is frame 79",
+    }
+    with pytest.raises(ValueError, match="did you mean 'action'"):
+        dataset.check_episodes(["acton"])
+
+
+def test_an_episode_without_frames_is_an_error_unless_asked_for(tmp_path):
+    features = {"x": {"dtype": "float32", "shape": [1]}}
+    columns = {"x": pa.array([1.0, 2.0, 3.0])}
+    path = _write_v3(tmp_path, {(0, 0): [1, 0, 2]}, features, columns)
+    with pytest.raises(ValueError, match=r"episodes.*: episode 1 has length 0.*edit_dataset"):
+        lerobot.open_dataset(path)
+    dataset = lerobot.open_dataset(path, empty_episodes=True)
+    assert dataset.check_episodes(["x"]) == {1: "it has no frames"}
+    assert dataset.item(1, {"x": [-0.1, 0, 0.1]})["x"].tolist() == [2, 2, 3]
+    assert dataset.item(0, {"x": [-0.1, 0, 0.1]})["x"].tolist() == [1, 1, 1]  # of length 1
+
+
+def test_an_empty_episode_of_v2_has_a_video_that_nobody_asks_for(copies):
+    path = copies["pusht_v21_video"]
+    lines = (path / "meta/episodes.jsonl").read_text().splitlines()
+    row = json.dumps(json.loads(lines[-1]) | {"episode_index": 8, "length": 0})
+    (path / "meta/episodes.jsonl").write_text("\n".join([*lines, row]))
+    _edit_info(path, total_episodes=9)
+    with pytest.raises(ValueError, match=r"episodes\.jsonl: episode 8 has length 0"):
+        lerobot.open_dataset(path)
+    dataset = lerobot.open_dataset(path, empty_episodes=True)
+    assert dataset.item(752)["episode_index"] == 7
+
+
+@pytest.mark.parametrize(
+    ("row", "time", "said"),
+    [
+        (100, 2.3, r"episode 1, frame 22, has timestamp 2\.3 s.*22 / 10 = 2\.2 s.*correct fps in"),
+        (0, np.nan, r"episode 0, frame 0, has timestamp nan s"),
+    ],
+)
+def test_timestamps_that_are_not_at_fps(copies, row, time, said):
+    path = copies["pusht_v30_video"]
+    _edit_rows(path, timestamp={row: time})
+    with pytest.raises(ValueError, match=rf"file-000\.parquet: {said}"):
+        lerobot.open_dataset(path).column("action")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fps_that_does_not_match_the_timestamps(copies, name):
+    _edit_info(copies[name], fps=20)
+    file = r"file-000\.parquet" if name == V3 else r"episode_000000\.parquet"
+    with pytest.raises(ValueError, match=rf"{file}: episode 0, frame 1, .*0\.1 s.*1 / 20 = 0\.05"):
+        lerobot.open_dataset(copies[name]).item(0)
+
+
+def test_timestamps_of_hours_are_as_coarse_as_float32(tmp_path):
+    count = 3_000_000  # 8 hours at 100 frames/s: float32 is good to 2 ms there
+    at = np.arange(count - 3, count)
+    dataset = lerobot.Dataset(
+        tmp_path,
+        {"codebase_version": "v3.0", "fps": 100, "total_frames": 3, "features": {}},
+        ["do"],
+        np.array([3]),
+        [],
+    )
+    dataset._check_times(at, (at / 100).astype(np.float32), np.zeros(3, int))
+
+
+def test_frames_that_do_not_start_their_episode_have_another_place_on_video(copies):
+    path = copies["pusht_v30_video"]
+    late = {row: row + 1 for row in range(78)}
+    _edit_rows(path, frame_index=late, timestamp={row: n / 10 for row, n in late.items()})
+    with pytest.raises(ValueError, match="row 0 should have frame_index 0, found 1"):
+        lerobot.open_dataset(path).frames(CAMERA)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "template"),
+    [
+        (V3, "data_path", "../data/{chunk_index}/{file_index}.parquet"),
+        (V3, "data_path", "/etc/{chunk_index}/{file_index}.parquet"),
+        (V3, "video_path", "videos/{video_key}/../../../{chunk_index}/{file_index}.mp4"),
+        (V2, "data_path", "data/../../{episode_chunk}/{episode_index}.parquet"),
+        (V2, "video_path", "/videos/{video_key}/{episode_index}.mp4"),
+    ],
+)
+def test_paths_that_leave_the_folder_are_refused(copies, name, key, template):
+    _edit_info(copies[name], **{key: template})
+    with pytest.raises(ValueError, match=rf"info\.json: {key} is .* out of the dataset's folder"):
+        lerobot.open_dataset(copies[name]).frames(CAMERA)
+
+
+def test_a_camera_whose_name_leaves_the_folder_is_refused(copies):
+    path = copies["pusht_v21_video"]
+    features = json.loads((path / "meta/info.json").read_text())["features"]
+    _edit_info(path, features=features | {"../../up": features[CAMERA]})
+    with pytest.raises(ValueError, match="out of the dataset's folder"):
+        lerobot.open_dataset(path).frames("../../up")
+
+
+@pytest.mark.parametrize("template", [None, "a.mp4", "{nothing}.mp4", "{video_key.__class__}.mp4"])
+def test_a_video_path_that_is_none(copies, template):
+    _edit_info(copies["pusht_v30_video"], video_path=template)
+    dataset = lerobot.open_dataset(copies["pusht_v30_video"])
+    with pytest.raises(ValueError, match=r"video_path is .*expected.*\{video_key\}"):
+        dataset.item(0)
+
+
+def test_paths_of_ones_own_are_followed(copies):
+    v3, v2 = (copies[name] for name in NAMES)
+    (v3 / "videos/observation.image").rename(v3 / "films")
+    (v3 / "films/chunk-000/file-000.mp4").rename(v3 / "films/0-0.mp4")
+    _edit_info(v3, video_path="films/{chunk_index:d}-{file_index}.mp4")
+    (v2 / "data").rename(v2 / "rows")
+    _edit_info(v2, data_path="rows/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet")
+    for path, name in ((v3, V3), (v2, V2)):
+        got, want = (lerobot.open_dataset(p).item(400) for p in (path, TESTDATA / name))
+        np.testing.assert_array_equal(got[CAMERA], want[CAMERA])
+        np.testing.assert_array_equal(got["action"], want["action"])
+
+
+def test_episodes_may_lie_anywhere_on_video(copies):
+    """Two files, from_timestamp in reverse order of the episodes."""
+    path = copies["pusht_v30_video"]
+    prefix = f"videos/{CAMERA}"
+    folder = path / prefix / "chunk-000"
+    shutil.copytree(folder, path / prefix / "chunk-002")
+    (path / prefix / "chunk-002/file-000.mp4").rename(path / prefix / "chunk-002/file-007.mp4")
+    swapped = {0: 26.9, 3: 0.0}  # episodes of 78 and 101 frames: the starts of 3 and of 0
+    _edit_rows(
+        path,
+        EPISODES,
+        **{
+            f"{prefix}/from_timestamp": swapped,
+            f"{prefix}/chunk_index": dict.fromkeys(range(2, 8), 2),
+            f"{prefix}/file_index": dict.fromkeys(range(2, 8), 7),
+        },
+    )
+    found = lerobot.open_dataset(path)
+    true = lerobot.open_dataset(TESTDATA / V3).frames(CAMERA)
+    indices = np.array([269, 5, 400, 5, 300])
+    expected = true.get(np.array([0, 274, 400, 274, 31]))
+    np.testing.assert_array_equal(found.frames(CAMERA).get(indices), expected)
+    assert found.clip(CAMERA, 3) == (path / prefix / "chunk-002/file-007.mp4", 0)
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_an_episode_that_is_nowhere_on_video(copies, value):
+    path = copies["pusht_v30_video"]
+    _edit_rows(path, EPISODES, **{f"videos/{CAMERA}/from_timestamp": {5: value}})
+    with pytest.raises(ValueError, match=r"file-000\.parquet: episode 5 has .*from_timestamp"):
+        lerobot.open_dataset(path).frames(CAMERA)
+
+
+def test_what_writers_leave_odd_does_not_matter(copies):
+    path = copies["pusht_v30_video"]
+    info = json.loads((path / "meta/info.json").read_text())
+    for name, feature in info["features"].items():
+        feature |= {} if name == CAMERA else {"fps": 10}
+    info |= {"total_tasks": 17, "data_files_size_in_mb": 0.5, "chunks_size": 1000.0, "tools": []}
+    info["features"][CAMERA] |= {"shape": [3, 96, 96], "names": ["channels", "height", "width"]}
+    (path / "meta/info.json").write_text(json.dumps(info))
+    np.testing.assert_array_equal(
+        lerobot.open_dataset(path).item(3)[CAMERA],
+        lerobot.open_dataset(TESTDATA / V3).item(3)[CAMERA],
+    )
+
+
+def test_a_dataset_pickles(copies):
+    for name in (*NAMES, IMAGES):
+        dataset = lerobot.open_dataset(TESTDATA / name)
+        item = dataset.item(100)
+        again = pickle.loads(pickle.dumps(dataset)).item(100)
+        np.testing.assert_array_equal(again[CAMERA], item[CAMERA])
+        np.testing.assert_array_equal(again["action"], item["action"])
 
 
 def test_v20_needs_no_episode_statistics(copies):
@@ -174,6 +454,12 @@ def test_both_spellings_of_the_task_column(copies, name):
     assert lerobot.open_dataset(path).tasks == ["first", "second"]
 
 
+def _picture(value):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_many_chunks_and_every_kind_of_column(tmp_path):
     rng = np.random.default_rng(0)
     lengths = {(0, 0): [3, 2], (0, 1): [4], (1, 0): [1, 5], (999, 0): [2], (1000, 0): [2]}
@@ -186,6 +472,7 @@ def test_many_chunks_and_every_kind_of_column(tmp_path):
         "single": pa.array([[k] for k in range(n)], pa.list_(pa.int64(), 1)),
         "flag": pa.array([k % 3 == 0 for k in range(n)]),
         "note": pa.array([f"note {k}" for k in range(n)]),
+        "camera": pa.array([{"bytes": _picture(k), "path": None} for k in range(n)]),
     }
     features = {
         "action": {"dtype": "float32", "shape": [4], "names": None, "fps": 10},
@@ -210,6 +497,7 @@ def test_many_chunks_and_every_kind_of_column(tmp_path):
     assert item["note"].tolist() == ["note 9", "note 9"]  # an episode of one frame
     np.testing.assert_array_equal(item["matrix"], matrix[[9, 9]])
     assert dataset.item(18)["note"] == "note 18"
+    assert [int(dataset.item(k)["camera"].max()) for k in range(n)] == list(range(n))
     assert item["task"] == "do it"
 
 
@@ -254,7 +542,6 @@ def _break_last_line(file):
     file.write_text(file.read_text().rstrip()[:-1])
 
 
-V3, V2 = NAMES
 V3_DATA = "data/chunk-000/file-000.parquet"
 V2_DATA = "data/chunk-000/episode_000003.parquet"
 DAMAGE = {

@@ -121,17 +121,85 @@ def test_chosen_episodes_and_prompt(dataset):
     assert got["episode_index"].tolist() == [5] * lengths[5] + [1] * lengths[1]
     assert got["frame_index"].tolist() == [*range(lengths[5]), *range(lengths[1])]
     assert set(got["prompt"]) == {"push"}
-    np.testing.assert_array_equal(got["state"], chunks.all_states)
+    np.testing.assert_array_equal(got["state"], chunks.frame_values()["state"])
+    np.testing.assert_array_equal(got["actions"][:, 0], chunks.frame_values()["actions"])
+    assert chunks.lengths() == [lengths[5], lengths[1]]
 
 
-def test_statistics_count_every_element_of_every_chunk(dataset):
-    chunks = loader.ActionChunks(dataset, 5, episodes=[2])
-    got = chunks.statistics_arrays()
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_blocks_are_all_examples_in_order(dataset, size):
+    chunks = loader.ActionChunks(dataset, 5, episodes=[2, 0])
     everything = chunks.get(np.arange(len(chunks)))
-    np.testing.assert_array_equal(got["state"], everything["state"])
-    np.testing.assert_array_equal(got["actions"], everything["actions"].reshape(-1, 2))
-    assert got["actions"].shape == (len(chunks) * 5, 2)
-    assert everything["action_is_pad"].sum() == 1 + 2 + 3 + 4
+    blocks = list(chunks.blocks(size))
+    assert len(blocks) == -(-len(chunks) // size)
+    for key in ("state", "actions"):
+        found = np.concatenate([block[key] for block in blocks])
+        np.testing.assert_array_equal(found, everything[key])
+    assert everything["action_is_pad"].sum() == 2 * (1 + 2 + 3 + 4)
+
+
+def test_a_window_is_the_states_up_to_the_frame(dataset):
+    plain, window = (loader.ActionChunks(dataset, 2, window=w) for w in (1, 3))
+    positions = np.array([0, 1, 2, 100, int(dataset.episode_from[3])])
+    found = window.get(positions)
+    assert found["state"].shape == (5, 3, 2)
+    for back in range(3):
+        first = dataset.episode_from[found["episode_index"]]
+        expected = plain.get(np.maximum(positions - back, first))["state"]
+        np.testing.assert_array_equal(found["state"][:, 2 - back], expected)
+        assert found["state_is_pad"][:, 2 - back].tolist() == (positions - back < first).tolist()
+
+
+def test_several_features_are_one_vector(dataset):
+    both = loader.ActionChunks(dataset, 2, state_key=("observation.state", "action"))
+    found, plain = both.get([3, 8]), loader.ActionChunks(dataset, 2).get([3, 8])
+    np.testing.assert_array_equal(found["state"][:, :2], plain["state"])
+    np.testing.assert_array_equal(found["state"][:, 2:], plain["actions"][:, 0])
+
+
+def _squared(step):
+    return {"step": step, "square": np.full(3, step**2)}
+
+
+def _refuses(step):
+    if step == 4:
+        raise ValueError("/data/d: episode 7 cannot be read")
+    return step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_threads": 1},
+        {"num_threads": 3, "buffered": 1},
+        pytest.param({"num_threads": 1, "num_processes": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_elements_made_ahead_are_those_made_one_by_one(settings):
+    made = list(loader.ahead(_squared, 5, 40, **settings))
+    assert [element["step"] for element in made] == list(range(5, 40))
+    assert all((element["square"] == element["step"] ** 2).all() for element in made)
+
+
+def test_what_goes_wrong_ahead_is_told_where_its_element_is_asked_for():
+    made = loader.ahead(_refuses, 0, 9, num_threads=2)
+    assert [next(made) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="episode 7 cannot be read"):
+        next(made)
+
+
+@pytest.mark.parametrize("buffered", [0, 1, 5, 50])
+def test_batches_are_placed_before_they_are_asked_for(buffered):
+    placed = []
+
+    def place(batch):
+        placed.append(batch)
+        return -batch
+
+    taken = loader.placed(range(9), place, buffered=buffered)
+    assert next(taken) == 0
+    assert placed == list(range(min(9, buffered + 1)))
+    assert list(taken) == [-k for k in range(1, 9)]
 
 
 def test_a_single_number_is_a_vector_of_one(dataset):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import pi0_libero, pi0_metaworld
-from policymix.runs import benchmark, measurements, policies
+from policymix.runs import benchmark, data_rows, measurements, policies
 
 pytest.importorskip("metaworld")
 
@@ -21,6 +21,7 @@ def tiny(monkeypatch):
 def run(rows):
     config = policies.model_config(pi0_libero.get_config("debug"), why="a test")
     models = dict.fromkeys(("float32", "bfloat16", "sampled", "trained"), config)
+    models["data"] = data_rows.Sizes(2, 40, 64, 4000, 4000, 2)
     return benchmark.run(config, pi0_metaworld.get_config("debug"), rows, models)
 
 

@@ -7,7 +7,7 @@ from configs import common
 from policymix.data import tokenizer
 from policymix.models import pi0
 from policymix.runs import encoding
-from policymix.transforms import normalize, prompts
+from policymix.transforms import images, normalize, prompts
 
 STATE, ACTION = 3, 2
 
@@ -52,15 +52,73 @@ def raw(batch_size=4, horizon=6, **more):
     } | more
 
 
-@pytest.mark.parametrize("quantiles", [False, True])
-def test_decoding_undoes_encoding(stats, quantiles):
-    encoder, example = encoding.Encoder(model(), data(quantiles=quantiles), stats), raw()
+@pytest.mark.parametrize(
+    "settings", [{}, {"normalization": "quantiles"}, {"delta_actions": (1, -1)}]
+)
+def test_decoding_undoes_encoding(stats, settings):
+    encoder, example = encoding.Encoder(model(), data(**settings), stats), raw()
     actions = encoder.batch(example).actions
     assert (actions.shape, actions.dtype) == ((4, 6, 4), np.float32)
     assert not actions[..., ACTION:].any()
-    assert abs(actions[..., :ACTION]).max() < 5
-    np.testing.assert_allclose(encoder.actions(actions), example["actions"], rtol=1e-5)
-    assert encoder.actions(actions).dtype == np.float32
+    assert abs(actions[..., :ACTION]).max() < (50 if "delta_actions" in settings else 5)
+    decoded = encoder.actions(actions, example["state"])
+    np.testing.assert_allclose(decoded, example["actions"], rtol=1e-5)
+    assert decoded.dtype == np.float32
+
+
+def test_relative_actions_are_normalised_as_differences_from_the_state(stats):
+    example = raw()
+    encoder = encoding.Encoder(model(), data(delta_actions=(1, -1)), stats)
+    found = encoder.batch(example).actions[..., :ACTION]
+    moved = example["actions"] - np.pad(example["state"][:, None, :1], [(0, 0), (0, 0), (0, 1)])
+    expected = normalize.normalize(moved, stats["actions"], scheme="mean_std")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_robots_table_fills_in_what_the_config_leaves_open():
+    bridge = encoding.wiring(data(robot="bridge"))
+    assert (bridge.state_keys, bridge.action_keys) == (("observation.state",), ("action",))
+    assert bridge.scheme == "bounds"
+    assert bridge.masks == {"actions": (True,) * 6 + (False,)}
+    droid = encoding.wiring(data(robot="droid", cameras={"base_0_rgb": "mine", "other": ""}))
+    assert droid.state_keys == ("joint_position", "gripper_position")
+    assert droid.cameras["base_0_rgb"] == "mine"
+    assert droid.cameras["left_wrist_0_rgb"] == "wrist_image_left"
+    assert droid.cameras["other"] == encoding.ABSENT
+    said = encoding.wiring(data(robot="libero", state_key="a, b", normalization="quantiles"))
+    assert (said.state_keys, said.scheme) == (("a", "b"), "quantiles")
+    aloha = encoding.wiring(data(robot="aloha"))
+    assert aloha.relative
+    assert not encoding.wiring(data(robot="aloha", delta_actions=())).relative
+    plain = encoding.wiring(data())
+    assert (plain.state_keys, plain.scheme) == (("observation.state",), "mean_std")
+    assert not plain.adapt.transforms
+
+
+def test_grippers_of_bridge_are_not_normalised():
+    rng = np.random.default_rng(0)
+    stats = {key: normalize.compute(rng.normal(0, 0.1, (500, 7))) for key in ("state", "actions")}
+    example = {"state": rng.normal(0, 0.05, (4, 7)).astype(np.float32), "prompt": ["go"] * 4}
+    example["actions"] = rng.normal(0, 0.05, (4, 6, 7)).astype(np.float32)
+    example["actions"][..., 6] = rng.integers(0, 2, (4, 6))
+    bridge = encoding.Encoder(model(action_dim=8, proprio_dim=7), data(robot="bridge"), stats)
+    batch = bridge.batch(example)
+    np.testing.assert_array_equal(batch.actions[..., 6], example["actions"][..., 6])
+    decoded = bridge.actions(batch.actions, example["state"])
+    np.testing.assert_allclose(decoded, example["actions"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"robot": "brigde"}, "no robot is called 'brigde'.*did you mean 'bridge'"),
+        ({"delta_actions": (0.5,)}, r"delta_actions is \(0.5,\); expected OpenPI's way"),
+        ({"normalization": "quantile"}, "did you mean 'quantiles'"),
+    ],
+)
+def test_wiring_that_cannot_be_is_refused(stats, settings, message):
+    with pytest.raises(ValueError, match=message):
+        encoding.Encoder(model(), data(**settings), stats)
 
 
 def test_what_the_network_says_beyond_the_robots_actions_is_dropped(stats):
@@ -68,7 +126,8 @@ def test_what_the_network_says_beyond_the_robots_actions_is_dropped(stats):
     sampled = np.random.default_rng(2).normal(size=(1, 6, 4)).astype(np.float32)
     other = sampled.copy()
     other[..., ACTION:] = 99
-    np.testing.assert_array_equal(encoder.actions(sampled), encoder.actions(other))
+    state = raw(1)["state"]
+    np.testing.assert_array_equal(encoder.actions(sampled, state), encoder.actions(other, state))
 
 
 def test_the_state_is_normalised_and_padded_to_proprio_dim(stats):
@@ -94,7 +153,7 @@ def test_pi05_reads_the_state_in_the_prompt(stats):
     encoder = encoding.Encoder(model(pi05=True, max_token_len=80), data(), stats)
     example = raw(prompt=["push"] * 4)
     found = encoder.observation(example)
-    normalised = normalize.normalize(example["state"], stats["state"], use_quantiles=False)
+    normalised = normalize.normalize(example["state"], stats["state"], scheme="mean_std")
     texts = [prompts.pi05("push", row) for row in normalised]
     assert len(set(texts)) == 4
     expected, _ = tokenizer.ByteTokenizer(80).encode(texts)
@@ -196,8 +255,18 @@ def test_cameras_without_a_picture_and_pictures_without_a_camera_are_named(stats
         encoding.Encoder(model(image_keys=CAMERAS), data(cameras=named), stats)
 
 
-def test_pictures_of_another_size_say_what_to_set(stats):
+def test_pictures_of_another_size_are_resized_with_their_aspect_kept(stats):
     encoder = encoding.Encoder(model(image_keys=CAMERAS), data(cameras=NAMED), stats)
-    message = r"pictures of 'wrist' are \(96, 96, 3\), config.model.image_resolution .* \(28, 56, 3"
-    with pytest.raises(ValueError, match=message):
-        encoder.observation(raw(images=pictures(left_wrist_0_rgb=(96, 96))))
+    seen = pictures(left_wrist_0_rgb=(96, 96))
+    found = encoder.observation(raw(images=seen)).images["left_wrist_0_rgb"]
+    expected = images.resize_with_pad(seen["left_wrist_0_rgb"], 28, 56)
+    np.testing.assert_array_equal(found, expected)
+    assert not found[:, :, :14].any()
+    assert found[:, :, 14:42].any()
+
+
+def test_pictures_are_bytes(stats):
+    encoder = encoding.Encoder(model(image_keys=CAMERAS), data(cameras=NAMED), stats)
+    seen = {camera: image.astype(np.float32) for camera, image in pictures().items()}
+    with pytest.raises(ValueError, match="'top' have dtype float32; expected uint8"):
+        encoder.observation(raw(images=seen))

@@ -9,7 +9,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from policymix.runs import policies, rollouts
+from configs import common
+from policymix.runs import encoding, policies, rollouts
 from policymix.sim import envs, workers
 from tests.runs.sim_support import HANDLE, REACH, debug_config, write_policy
 
@@ -253,7 +254,9 @@ def test_an_instruction_of_the_config_replaces_those_of_the_tasks(policy, pool):
 class Still:
     """Does not move, and keeps what it saw."""
 
-    encoder = types.SimpleNamespace(cameras={"base": "observation.image"})
+    encoder = types.SimpleNamespace(
+        cameras={"base": "observation.image"}, wiring=encoding.wiring(common.get_config().data)
+    )
 
     def __init__(self):
         self.seen = []

@@ -2,18 +2,21 @@
 
 import json
 import pathlib
-import types
+import shutil
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from configs import pi0_state
 from policymix.checkpoints import assets
 from policymix.data import lerobot, writer
-from policymix.runs import pipeline, policies, sources, train
+from policymix.runs import metadata, pipeline, policies, sources, train
+from policymix.transforms import images
 
 IMAGE = {"dtype": "image", "shape": [28, 28, 3], "names": ["height", "width", "channels"]}
 
@@ -73,86 +76,107 @@ def open_sources(*chosen):
 # Shares of a batch
 
 
-def counted(*sizes):
-    """As many sources as there are sizes, of which only the number of frames is known."""
-    return [
-        types.SimpleNamespace(train=range(n), dataset=types.SimpleNamespace(path=f"d{k}"))
-        for k, n in enumerate(sizes)
-    ]
-
-
 @hypothesis.given(
-    st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(1, 300), st.booleans()
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(1, 300), st.integers(0, 9)
 )
-def test_shares_sum_to_the_batch_and_lie_within_one_of_the_fractions(weights, batch, by_frames):
-    frames = [max(1, round(w)) for w in weights]
-    fractions = () if by_frames else weights
-    exact = np.array(frames if by_frames else weights)
-    exact = exact / exact.sum() * batch
-    try:
-        found = sources.shares(counted(*frames), fractions, batch)
-    except ValueError:
-        assert exact.min() < 1.5
-        return
-    assert sum(found) == batch
-    assert min(found) >= 1
-    assert np.abs(np.array(found) - exact).max() <= 1 + 1e-9
+def test_counts_sum_to_the_batch_and_come_out_right_over_the_steps(weights, batch, first):
+    fractions = np.array(weights) / np.sum(weights)
+    steps = range(first * 1000, first * 1000 + 40)
+    found = np.array([sources.counts(fractions, batch, step) for step in steps])
+    exact = fractions * batch
+    assert (found.sum(axis=1) == batch).all()
+    assert np.abs(found - exact).max() < 1 + 1e-6
+    assert np.abs(found.sum(axis=0) - 40 * exact).max() < 4
 
 
-def test_known_shares():
-    assert sources.shares(counted(5, 5, 5), (1, 1, 2), 64) == [16, 16, 32]
-    assert sources.shares(counted(30, 10), (), 8) == [6, 2]
-    assert sources.shares(counted(30, 10), (0.5, 0.5), 8) == [4, 4]
-    assert sources.shares(counted(1), (), 8) == [8]
+def test_known_counts():
+    def counts(fractions, batch_size):
+        return [sources.counts(np.array(fractions), batch_size, k).tolist() for k in range(3)]
+
+    assert counts([0.25, 0.25, 0.5], 64) == [[16, 16, 32]] * 3
+    assert counts([0.75, 0.25], 8) == [[6, 2]] * 3
+    assert counts([1], 8) == [[8]] * 3
+    assert counts([0.5, 0.5], 1) == [[0, 1], [1, 0], [0, 1]]
 
 
-@pytest.mark.parametrize(
-    ("fractions", "batch", "message"),
-    [
-        ((0.5,), 8, "expected a positive number for each of the 2 datasets"),
-        ((0.5, 0.3, 0.2), 8, "expected a positive number for each of the 2 datasets"),
-        ((1.0, 0.0), 8, r"fractions is \(1.0, 0.0\); expected a positive"),
-        ((1.0, -1.0), 8, "expected a positive"),
-        ((0.99, 0.01), 8, r"of a batch of 8, the datasets \['d0', 'd1'\] get \[8, 0\] examples"),
-        ((), 1, r"get \[1, 0\] examples: raise config.train.batch_size"),
-    ],
-)
-def test_shares_that_cannot_be_are_refused(fractions, batch, message):
+def test_fractions_are_normalised_and_go_by_frames_where_none_are_given():
+    def fractions(given, frames):
+        return metadata.fractions(config_of("a", fractions=given).data, frames).tolist()
+
+    assert fractions((1, 1, 2), [5, 5, 5]) == [0.25, 0.25, 0.5]
+    assert fractions((), [30, 10]) == [0.75, 0.25]
+
+
+@pytest.mark.parametrize("given", [(0.5,), (0.5, 0.3, 0.2), (1.0, 0.0), (1.0, -1.0)])
+def test_fractions_that_cannot_be_are_refused(given, paths, tmp_path):
+    message = "expected a positive number for each of the 2 datasets"
     with pytest.raises(ValueError, match=message):
-        sources.shares(counted(30, 20), fractions, batch)
-
-
-def test_training_refuses_such_shares_before_it_starts(paths, tmp_path):
-    config = config_of(*paths, fractions=(0.95, 0.05))
-    with pytest.raises(ValueError, match=r"get \[4, 0\] examples"):
+        metadata.fractions(config_of("a", fractions=given).data, [30, 20])
+    config = config_of(*paths, fractions=given)
+    with pytest.raises(ValueError, match=message):
         train.train(config, tmp_path / "run", devices=jax.devices()[:1], dry_run=True)
 
 
 # The order of examples
 
 
-def origins(raw):
+def drawn_from(opened, counts, seed, step, rows=slice(None)):
+    """A drawn batch, of which so many are from each dataset."""
+    fractions = np.array(counts) / np.sum(counts)
+    return sources.draw(opened, fractions, sum(counts), seed, step, rows)
+
+
+def origins(drawn):
     """[(dataset, frame)] of a drawn batch."""
-    return [(int(n), int(frame)) for n, frame in raw["state"][:, :2]]
+    return [(int(n), int(f)) for raw in drawn.values() for n, f in raw["state"][:, :2]]
 
 
 def test_a_batch_has_the_counts_asked_for_and_is_whole(paths):
     both = open_sources(*paths)
-    raw = sources.draw(both, [3, 5], seed=7, step=2)
-    assert [n for n, _ in origins(raw)] == [1, 1, 1, 2, 2, 2, 2, 2]
-    assert raw["prompt"] == ["task 1"] * 3 + ["task 2"] * 5
-    assert raw["actions"].shape == (8, 4, 2)
-    np.testing.assert_array_equal(raw["actions"][:, 0, 0], raw["state"][:, 1])
+    drawn = drawn_from(both, [3, 5], seed=7, step=2)
+    assert [n for n, _ in origins(drawn)] == [1, 1, 1, 2, 2, 2, 2, 2]
+    assert [raw["prompt"] for raw in drawn.values()] == [["task 1"] * 3, ["task 2"] * 5]
+    assert [raw["actions"].shape for raw in drawn.values()] == [(3, 4, 2), (5, 4, 2)]
+    for raw in drawn.values():
+        np.testing.assert_array_equal(raw["actions"][:, 0, 0], raw["state"][:, 1])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_rows_of_all_processes_are_the_batch(paths, count):
+    both = open_sources(*paths)
+    whole = origins(drawn_from(both, [3, 5], 7, 2))
+    size = 8 // count
+    rows = [slice(k * size, (k + 1) * size) for k in range(count)]
+    assert [o for part in rows for o in origins(drawn_from(both, [3, 5], 7, 2, part))] == whole
+
+
+def test_a_pipelines_shards_are_its_batches_made_ahead(paths):
+    made = pipeline_of(config_of(*paths))
+    whole = [made.batch(step, 8) for step in range(2, 7)]
+    shards = [list(made.batches(2, 7, 8, (index, 2))) for index in range(2)]
+    for k, batch in enumerate(whole):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *(shard[k] for shard in shards))
+        jax.tree.map(np.testing.assert_array_equal, joined, batch)
+    with pytest.raises(ValueError, match="a batch of 8 cannot be shared equally by 3 processes"):
+        made.batches(2, 7, 8, (0, 3))
+
+
+@pytest.mark.slow
+def test_processes_make_the_batches_that_threads_make(paths):
+    config = config_of(*paths, num_processes=2)
+    made, plain = pipeline_of(config), pipeline_of(config_of(*paths))
+    for k, batch in enumerate(made.batches(0, 6, 8)):
+        jax.tree.map(np.testing.assert_array_equal, batch, plain.batch(k, 8))
 
 
 def test_a_batch_is_a_function_of_seed_and_step(paths):
     both = open_sources(*paths)
     drawn = {
-        (seed, step): origins(sources.draw(both, [3, 5], seed, step))
+        (seed, step): origins(drawn_from(both, [3, 5], seed, step))
         for seed in (0, 1)
         for step in range(4)
     }
-    again = {key: origins(sources.draw(open_sources(*paths), [3, 5], *key)) for key in drawn}
+    again = {key: origins(drawn_from(open_sources(*paths), [3, 5], *key)) for key in drawn}
     assert drawn == again
     assert len(set(map(tuple, drawn.values()))) == 8
 
@@ -160,13 +184,13 @@ def test_a_batch_is_a_function_of_seed_and_step(paths):
 def test_the_first_datasets_order_does_not_depend_on_a_second(paths):
     both, first = open_sources(*paths), open_sources(paths[0])
     for step in range(9):
-        mixed = origins(sources.draw(both, [3, 5], 4, step))
-        assert mixed[:3] == origins(sources.draw(first, [3], 4, step))
+        mixed = origins(drawn_from(both, [3, 5], 4, step))
+        assert mixed[:3] == origins(drawn_from(first, [3], 4, step))
 
 
 def test_every_frame_of_each_comes_once_in_an_epoch_of_its_own(paths):
     both = open_sources(*paths)
-    drawn = [origins(sources.draw(both, [3, 4], 0, step)) for step in range(6)]
+    drawn = [origins(drawn_from(both, [3, 4], 0, step)) for step in range(6)]
     ones = [o for batch in drawn[:4] for o in batch[:3]]
     twos = [o for batch in drawn for o in batch[3:]]
     assert sorted(ones) == [(1, frame) for frame in range(12)]
@@ -175,7 +199,7 @@ def test_every_frame_of_each_comes_once_in_an_epoch_of_its_own(paths):
 
 def test_equal_datasets_are_not_drawn_in_step(paths):
     twins = open_sources(paths[0], paths[0])
-    drawn = origins(sources.draw(twins, [12, 12], 0, 0))
+    drawn = origins(drawn_from(twins, [12, 12], 0, 0))
     assert sorted(drawn[:12]) == sorted(drawn[12:])
     assert drawn[:12] != drawn[12:]
 
@@ -189,16 +213,17 @@ def test_batches_of_the_pipeline_follow_the_fractions(paths, tmp_path):
     batch = made.batch(3, 8)
     proprio = np.rint(batch.observation.proprio[:, :2])
     assert proprio[:, 0].tolist() == [1, 1, 2, 2, 2, 2, 2, 2]
-    expected = sources.draw(made.sources, [2, 6], config.train.seed, 3)
-    np.testing.assert_array_equal(proprio, expected["state"])
+    expected = drawn_from(made.sources, [2, 6], config.train.seed, 3)
+    assert list(map(tuple, proprio.tolist())) == origins(expected)
     assert len(set(map(tuple, batch.observation.prompt_tokens.tolist()))) == 2
 
 
 def test_statistics_are_of_all_datasets_together(paths):
     made = pipeline_of(config_of(*paths))
-    states = np.concatenate([source.train.all_states for source in made.sources])
-    np.testing.assert_allclose(made.norm_stats["state"].mean, states.mean(axis=0), rtol=1e-6)
-    assert made.asset_id == "a"
+    states = np.concatenate([source.train.frame_values()["state"] for source in made.sources])
+    ((name, stats),) = made.norm_stats.items()
+    np.testing.assert_allclose(stats["state"].mean, states.mean(axis=0), rtol=1e-6)
+    assert name == "a"
     assert made.norm_stats_from == "the training episodes"
 
 
@@ -270,7 +295,7 @@ def test_everything_held_out_is_for_validation_and_not_to_train_on(paths, tmp_pa
     assert sorted(np.concatenate(frames).tolist()) == list(range(24))
     assert {f for part in frames[: len(selection)] for f in part} == set(range(18))
     with pytest.raises(ValueError, match="held_out is 1, .*nothing is left to train on"):
-        made.check_trains(4)
+        made.check_trains()
     with pytest.raises(ValueError, match="nothing is left to train on"):
         train.train(config, tmp_path / "run", devices=jax.devices()[:1])
 
@@ -293,11 +318,10 @@ def test_pictures_are_those_of_the_frames_drawn(tmp_path):
     chosen = [write(tmp_path / n, k, (6, 5), image=(28, 28)) for k, n in enumerate("ab")]
     made = pipeline_of(pictured(*chosen))
     for step in range(3):
-        images = made.batch(step, 4).observation.images
-        counts = sources.shares(made.sources, (), 4)
-        origin = origins(sources.draw(made.sources, counts, 42, step))
+        found = made.batch(step, 4).observation.images
+        origin = origins(sources.draw(made.sources, np.full(2, 0.5), 4, 42, step))
         expected = [picture(number, [frame])[0] for number, frame in origin]
-        np.testing.assert_array_equal(images["base"], expected)
+        np.testing.assert_array_equal(found["base"], expected)
         assert len({frame for _, frame in origin}) > 1
 
 
@@ -306,17 +330,85 @@ def test_pictures_of_held_out_frames_are_theirs_too(tmp_path):
     config.data.held_out = 0.5
     made = pipeline_of(config)
     ((batch,), _) = made.validation(batch_size=4, num_batches=1, held_out=0.0)
-    stats = made.norm_stats["state"]
+    stats = made.norm_stats["a"]["state"]
     frames = np.rint(batch.observation.proprio[:, 1] * (stats.std[1] + 1e-6) + stats.mean[1])
     np.testing.assert_array_equal(batch.observation.images["base"], picture(1, frames.astype(int)))
 
 
-def test_pictures_of_two_sizes_are_no_mixture(tmp_path):
+def test_pictures_of_two_sizes_are_one_mixture(tmp_path):
+    """All are brought to the model's size, kept decoded or not."""
     chosen = [write(tmp_path / f"{n}", n, (4,), image=(n, n)) for n in (28, 30)]
-    with pytest.raises(ValueError, match=r"'base' has the shape \[28, 28, 3\] .* \[30, 30, 3\]"):
-        pipeline_of(pictured(*chosen))
+    for cache_mb in (0, 100):
+        config = pictured(*chosen)
+        config.data.cache_mb = cache_mb
+        made = pipeline_of(config)
+        found = made.batch(0, 4).observation.images["base"]
+        drawn = sources.draw(made.sources, np.full(2, 0.5), 4, 42, 0)
+        for row, (number, frame) in zip(found, origins(drawn), strict=True):
+            raw = picture(number, [frame], (number, number))[0]
+            np.testing.assert_array_equal(row, images.resize_with_pad(raw, 28, 28))
 
 
 def test_a_camera_that_the_dataset_lacks_is_named(paths):
     with pytest.raises(ValueError, match=r"/a has no 'top'"):
         pipeline_of(pictured(paths[0]))
+
+
+# Episodes that cannot be used
+
+
+@pytest.fixture
+def damaged(paths, tmp_path):
+    """A dataset whose second episode of three has a state that is no number."""
+    path = tmp_path / "damaged"
+    shutil.copytree(paths[1], path)
+    file = path / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    states = np.array(table["observation.state"].to_pylist(), np.float32)
+    states[12, 1] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(pa.array(states.ravel()), 2)
+    names = table.column_names
+    pq.write_table(
+        table.set_column(names.index("observation.state"), "observation.state", column), file
+    )
+    return str(path)
+
+
+def test_bad_episodes_are_named_and_counted(damaged):
+    message = r"/damaged: 1 of 3 episodes cannot be used; episode 1: .*--config.data.skip_bad_ep"
+    with pytest.raises(ValueError, match=message):
+        pipeline_of(config_of(damaged))
+
+
+def test_bad_episodes_are_left_out_when_asked_and_no_other_moves(damaged, paths):
+    made = pipeline_of(config_of(damaged, skip_bad_episodes=True, held_out=0.3))
+    whole = pipeline_of(config_of(paths[1], held_out=0.3))
+    (source,), (other,) = made.sources, whole.sources
+    assert list(source.left_out) == [1]
+    assert source.train_episodes == [n for n in other.train_episodes if n != 1]
+    assert source.held_out_episodes == [n for n in other.held_out_episodes if n != 1]
+    assert np.isfinite(made.batch(0, 8).observation.proprio).all()
+    assert source.training()["episodes"] == source.train_episodes
+
+
+def test_rates_that_differ_are_refused(paths):
+    with pytest.raises(ValueError, match="/a has 10 frames per second, config.data.fps says 20"):
+        pipeline_of(config_of(paths[0], fps=20))
+
+
+def test_training_selection_and_report_share_no_episode(tmp_path):
+    config = config_of(write(tmp_path / "a", 1, (4,) * 10), held_out=0.4, seed=3)
+    made = pipeline_of(config)
+    (source,) = made.sources
+    selection, report = made.validation(batch_size=2, num_batches=8, held_out=0.5)
+    stats = made.norm_stats["a"]["state"]
+
+    def episodes(batches):
+        frames = [
+            b.observation.proprio[:, 1] * (stats.std[1] + 1e-6) + stats.mean[1] for b in batches
+        ]
+        return {round(f) // 4 for f in np.concatenate(frames).tolist()}
+
+    parts = [set(source.train_episodes), episodes(selection), episodes(report)]
+    assert set.union(*parts) == set(range(10))
+    assert sum(map(len, parts)) == 10
