@@ -218,9 +218,13 @@ class ActionChunks:
             found["state_is_pad"] = window < first[:, None]
         return found
 
-    def blocks(self, size: int = 4096) -> Iterator[dict[str, np.ndarray]]:
-        """All examples in order, `size` at a time: {"state": [b, p], "actions": [b, h, a]}."""
-        for start in range(0, len(self), size):
+    def blocks(
+        self, size: int = 4096, *, index: int = 0, count: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """All examples in order, `size` at a time: {"state": [b, p], "actions": [b, h, a]}; of
+        these blocks every `count`-th from `index` on.
+        """
+        for start in range(index * size, len(self), count * size):
             chosen = slice(start, start + size)
             actions, _ = self._chunks(self._frames[chosen], self._episodes[chosen])
             yield {"state": self._states[self._frames[chosen]], "actions": actions}

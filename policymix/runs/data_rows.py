@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import simplejpeg
 from PIL import Image
 
-from policymix import files
+from policymix import files, memory
 from policymix.data import examples, lerobot, loader, tfrecord, writer
 from policymix.runs.measurements import Row, apart, here, interleaved
 from policymix.transforms import images
@@ -32,7 +32,8 @@ class Sizes:
     """How much data a row reads.
 
     Attributes:
-      episodes, frames: of the datasets with pictures, frames for each episode.
+      episodes, frames: of the datasets with pictures, frames for each episode; of the RLDS one,
+        four times as many episodes.
       pictures: read in one measurement. numbers: frames without pictures.
       large: frames of the dataset that is opened. batches: of 32.
     """
@@ -93,6 +94,7 @@ def picture_row(sizes: Sizes) -> list[Row]:
 
 def video_row(sizes: Sizes) -> list[Row]:
     """Frames of AV1 in random order, and runs of 32 frames, beside bare PyAV on the same file."""
+    memory.keep_freed()  # as in training: a run of frames is 29 MB
     return [
         *_video_rows("96-px", (96, 96), sizes),
         *_video_rows("640 × 480", (480, 640), sizes),
@@ -161,7 +163,7 @@ def rlds_row(sizes: Sizes) -> list[Row]:
             apart("policymix.runs.rlds_sides:decode", str(path)),
         )
         row = Row("RLDS episodes of JPEG", *interleaved(*sides))
-    return [_rated(row, sizes.episodes * sizes.frames, "steps")]
+    return [_rated(row, 4 * sizes.episodes * sizes.frames, "steps")]
 
 
 def open_row(sizes: Sizes) -> list[Row]:
@@ -280,7 +282,7 @@ def _rlds(path: pathlib.Path, sizes: Sizes) -> pathlib.Path:
     path.mkdir(parents=True)
     rng, shape = np.random.default_rng(0), (224, 224)
     with tfrecord.writing(path / "made-train.tfrecord-00000-of-00001") as opened:
-        for _ in range(sizes.episodes):
+        for _ in range(4 * sizes.episodes):
             pixels = _scenes(rng, shape, sizes.frames)
             action = rng.standard_normal(sizes.frames * _DIM).astype(np.float32)
             example = {
@@ -288,7 +290,7 @@ def _rlds(path: pathlib.Path, sizes: Sizes) -> pathlib.Path:
                 "steps/action": action,
             }
             opened.write(examples.serialize(example))
-    split = {"name": "train", "shardLengths": [str(sizes.episodes)], "numBytes": "0"}
+    split = {"name": "train", "shardLengths": [str(4 * sizes.episodes)], "numBytes": "0"}
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     info = {"name": "made", "version": "1.0.0", "fileFormat": "tfrecord", "splits": [split]}
     files.write_json(path / "dataset_info.json", info)

@@ -81,28 +81,38 @@ def fractions(data: ml_collections.ConfigDict, num_frames: Sequence[int]) -> np.
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with config.model's action_dim, proprio_dim and image_keys, where they are None,
-    as its first dataset says; a config that lacks nothing is given back as it is.
+    """The config with what its first dataset says where it is left open: config.model's action_dim,
+    proprio_dim and image_keys if they are None, config.data.fps if it is 0.
 
     Unless the robot's table names its cameras, every camera of the dataset becomes one of the
-    model, called by the last part of its name.
+    model, called by the last part of its name. Without a dataset the config is given back as it is.
 
     Raises:
-      ValueError: there is something to fill in, and no dataset that says it.
+      ValueError: sizes or cameras are left open, and there is no dataset that says them.
     """
-    model = config.model
+    data, model = config.data, config.model
     lacking = [f for f in ("action_dim", "image_keys") if f in model and model[f] is None]
-    if not lacking:
+    if not (data.path or data.repo_id):
+        if lacking:
+            raise ValueError(
+                f"config.model leaves {' and '.join(lacking)} to the dataset: name it with "
+                "--config.data.path=DIRECTORY, or set them as they are in the run's config.json"
+            )
         return config
-    if not (config.data.path or config.data.repo_id):
-        raise ValueError(
-            f"config.model leaves {' and '.join(lacking)} to the dataset: name it with "
-            "--config.data.path=DIRECTORY, or set them as they are in the run's config.json"
-        )
-    part = parts(config.data)[0]
-    dataset, wired = opening.open_dataset(part.name, fps=part.data.fps), encoding.wiring(part.data)
+    if not lacking and (data.fps or data.mixture):
+        return config
+    part = parts(data)[0]
+    wired = encoding.wiring(part.data)
+    dataset = opening.open_dataset(
+        part.name,
+        fps=data.fps,
+        skip_unlabeled=data.skip_unlabeled,
+        skip_bad=data.skip_bad_episodes,
+    )
     config = config.copy_and_resolve_references()
-    model = config.model
+    data, model = config.data, config.model
+    if not data.mixture:  # whose robots differ
+        data.fps = int(dataset.fps)
 
     def size(keys: Sequence[str]) -> int:
         return sum(int(np.prod(dataset.column(key).shape[1:])) for key in keys)
@@ -114,9 +124,10 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if "image_keys" in lacking:
         cameras = dict(wired.cameras) or {k.rpartition(".")[2]: k for k in dataset.camera_keys}
         model.image_keys = tuple(cameras)
-        config.data.cameras = ml_collections.ConfigDict(cameras)
-    print(
-        f"of {dataset.path}: action_dim {model.action_dim}, proprio_dim {model.proprio_dim}, "
-        f"cameras {json.dumps(list(model.image_keys or ()))}, {dataset.fps} frames per second"
-    )
+        data.cameras = ml_collections.ConfigDict(cameras)
+    if lacking:
+        print(
+            f"of {dataset.path}: action_dim {model.action_dim}, proprio_dim {model.proprio_dim}, "
+            f"cameras {json.dumps(list(model.image_keys or ()))}, {dataset.fps} frames per second"
+        )
     return config

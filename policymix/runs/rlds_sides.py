@@ -6,16 +6,19 @@ from collections.abc import Callable
 import numpy as np
 import simplejpeg
 
+from policymix import memory
 from policymix.data import examples, tfds, tfrecord
 
 
 def read(path: str) -> Callable[[], None]:
     """All episodes of an RLDS dataset, decoded."""
+    memory.keep_freed()  # as in training
 
     def run():
         for episode in tfds.Builder(path).episodes("train"):
             assert len(episode["steps"]["action"])
 
+    run()  # memory that a process touches for the first time is slow
     return run
 
 
@@ -33,4 +36,5 @@ def decode(path: str) -> Callable[[], None]:
         for picture in encoded:
             simplejpeg.decode_jpeg(picture, fastdct=True, buffer=buffer)
 
+    run()
     return run

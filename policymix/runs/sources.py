@@ -53,8 +53,8 @@ class Source:
         self._lock = threading.Lock()
         if data.fps and self.dataset.fps != data.fps:
             raise ValueError(
-                f"{self.dataset.path} has {self.dataset.fps} frames per second, config.data.fps "
-                f"says {data.fps}: chunks of both would last differently"
+                f"{self.dataset.path} has {self.dataset.fps} frames per second, expected {data.fps} "
+                "(config.data.fps, or the first dataset's): chunks would last differently"
             )
         self._frames = {feature: self.dataset.frames(feature) for feature in cameras.values()}
         self.left_out = self._bad_episodes(data.skip_bad_episodes)
@@ -76,6 +76,8 @@ class Source:
                 f"be used; episode {episode}: {why}. Leave them out with "
                 "--config.data.skip_bad_episodes, or delete them with edit_dataset.py"
             )
+        for episode, why in bad.items():
+            print(f"{self.dataset.path}: episode {episode} is left out: {why}")
         return bad
 
     def _split(self, data: ml_collections.ConfigDict) -> None:

@@ -3,6 +3,7 @@ chunks.
 """
 
 import concurrent.futures
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -42,31 +43,44 @@ def of_chunks(
     relative = any(isinstance(t, compose.DeltaActions) for t in adapt.transforms)
     whole = all(chunks.whole for chunks in chosen)
     blocks = _frame_blocks if whole and not relative else _chunk_blocks
-    jobs = {}
-    with concurrent.futures.ThreadPoolExecutor(processes.num_cores()) as pool:
-        for key in compose.NUMERIC:
-            jobs[key] = pool.submit(normalize.compute_blocks, _of(blocks, chosen, adapt, key))
-        return {key: job.result() for key, job in jobs.items()}
+    count = processes.num_cores()
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return {
+            key: normalize.compute_blocks(
+                [
+                    functools.partial(_share, blocks, chosen, adapt, key, k, count)
+                    for k in range(count)
+                ],
+                pool.map,
+            )
+            for key in compose.NUMERIC
+        }
 
 
-def _of(blocks: Callable, chosen, adapt: compose.Chain, key: str) -> Callable[[], Iterator]:
-    return lambda: (block[key] for block in blocks(chosen, adapt))
+def _share(blocks: Callable, chosen, adapt: compose.Chain, key: str, index: int, count: int):
+    """Every `count`-th block of one key, from `index` on."""
+    return (block[key] for block in blocks(chosen, adapt, index, count))
 
 
-def _chunk_blocks(chosen: Sequence[loader.ActionChunks], adapt: compose.Chain) -> Iterator[dict]:
+def _chunk_blocks(
+    chosen: Sequence[loader.ActionChunks], adapt: compose.Chain, index: int = 0, count: int = 1
+) -> Iterator[dict]:
     """Adapted examples, some at a time: {"state": [b, p], "actions": [b, h, a]}."""
     for chunks in chosen:
-        for block in chunks.blocks():
+        for block in chunks.blocks(index=index, count=count):
             yield adapt.apply(block)
 
 
-def _frame_blocks(chosen: Sequence[loader.ActionChunks], adapt: compose.Chain) -> Iterator[dict]:
-    """Adapted states of all frames [N, p], and actions [N, a] with how often chunks hold each."""
+def _frame_blocks(
+    chosen: Sequence[loader.ActionChunks], adapt: compose.Chain, index: int = 0, count: int = 1
+) -> Iterator[dict]:
+    """Adapted states of frames [n, p], and actions [n, a] with how often chunks hold each."""
     for chunks in chosen:
-        values = chunks.frame_values()
-        adapted = adapt.apply(values | {"actions": values["actions"][:, None]})
         counts = [normalize.chunk_counts(n, chunks.horizon) for n in chunks.lengths()]
+        values = chunks.frame_values() | {"counts": np.concatenate(counts)}
+        part = {key: array[index::count] for key, array in values.items()}
+        adapted = adapt.apply({"state": part["state"], "actions": part["actions"][:, None]})
         yield {
             "state": adapted["state"],
-            "actions": (adapted["actions"][:, 0], np.concatenate(counts)),
+            "actions": (adapted["actions"][:, 0], part["counts"]),
         }

@@ -6,7 +6,8 @@ d is the raw (unpadded) dimension of the statistics; arrays may be padded beyond
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -175,24 +176,22 @@ def compute(values: np.ndarray, counts: np.ndarray | None = None) -> NormStats:
         so often, without repeating them.
     """
     block = values if counts is None else (values, counts)
-    return compute_blocks(lambda: [block])
+    return compute_blocks([lambda: [block]])
 
 
-def compute_blocks(blocks: Callable[[], Iterable[selection.Block]]) -> NormStats:
+def compute_blocks(shares: Sequence[selection.Share], parallel: Callable = map) -> NormStats:
     """Statistics of data that need not fit into memory; quantiles exact.
 
-    Moments are merged block by block, then `selection.quantiles` passes over the blocks two to four
-    times.
+    Moments are merged, then `selection.quantiles` passes over the data two to four times.
 
     Args:
-      blocks: begins a pass over the same blocks: values [..., d], or (values [..., d], how often
-        each occurs, int [...]).
+      shares: of the data, each a function that begins a pass over the same blocks: values [..., d],
+        or (values [..., d], how often each occurs, int [...]).
+      parallel: what maps the counting over shares, as a pool of threads does.
     """
-    moments, dtype = Moments.of(np.zeros((0, 0))), np.dtype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        for values, counts in selection.pieces(blocks()):
-            moments = moments.merge(Moments.of(values, counts))
-            dtype = np.promote_types(dtype, values.dtype)
+        parts, dtypes = zip(*parallel(_moments, shares), strict=True)
+        moments = functools.reduce(Moments.merge, parts)
     if not moments.count:
         raise ValueError("norm stats of no data: the dataset or the choice of episodes is empty")
     if not np.isfinite(moments.squares).all():
@@ -201,8 +200,24 @@ def compute_blocks(blocks: Callable[[], Iterable[selection.Block]]) -> NormStats
             f"norm stats of values that are not finite, in dimension {dim}: a sensor that gave no "
             "number, or data that was not recorded; leave such episodes out"
         )
-    found = selection.quantiles(blocks, QUANTILES, moments.count, len(moments.mean), dtype)
+    found = selection.quantiles(
+        shares,
+        QUANTILES,
+        moments.count,
+        len(moments.mean),
+        functools.reduce(np.promote_types, dtypes),
+        parallel,
+    )
     return NormStats(moments.mean, np.sqrt(moments.squares / moments.count), *found)
+
+
+def _moments(share: selection.Share) -> tuple["Moments", np.dtype]:
+    moments, dtype = Moments.of(np.zeros((0, 0))), np.dtype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # of this thread
+        for values, counts in selection.pieces(share()):
+            moments = moments.merge(Moments.of(values, counts))
+            dtype = np.promote_types(dtype, values.dtype)
+    return moments, dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,27 +7,31 @@ few twice as many, of 8 bits), each holding a piece of the data and 0.5 MB per d
 statistic that is still apart. Counts of parts of the data add up, whoever counted them.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 Block = np.ndarray | tuple[np.ndarray, np.ndarray]  # values [..., d], also with counts [...]
+Share = Callable[[], Iterable[Block]]  # begins a pass over some blocks, the same each time
 ROWS = 1 << 18  # of a piece
 _FEW = 1 << 14  # values of which a pass settles 8 bits: tallies of 16 would take longer to read
 
 
 def quantiles(
-    blocks: Callable[[], Iterable[Block]],
+    shares: Sequence[Share],
     fractions: Sequence[float],
     count: int,
     d: int,
     dtype: np.dtype,
+    parallel: Callable = map,
 ) -> np.ndarray:
     """Quantiles in each dimension, interpolated as numpy.quantile does: float64 [q, d].
 
     Args:
-      blocks: begins a pass over the same blocks: values [..., d], or (values [..., d], how often
-        each occurs, int [...]). All finite.
+      shares: of the data, in blocks: values [..., d], or (values [..., d], how often each occurs,
+        int [...]). All finite.
+      parallel: what maps the counting over shares, as a pool of threads does.
       fractions: q of them, within [0, 1].
       count: how many vectors there are, repeated ones included; positive.
       dtype: float32 or float64, whichever holds all values.
@@ -36,7 +40,9 @@ def quantiles(
     below = np.floor(virtual).astype(np.int64)
     ranks = np.concatenate([below, np.minimum(below + 1, count - 1)])
     digit = 8 if count < _FEW else 16
-    found = _order_statistics(blocks, ranks, dtype, d, digit)
+    found = _order_statistics(
+        shares, ranks, np.zeros((len(ranks), d), f"u{dtype.itemsize}"), digit, parallel
+    )
     low, high = np.split(found.astype(np.float64), 2)
     part = (virtual - below)[:, None]
     step = high - low
@@ -82,27 +88,21 @@ def _pieces(values, counts):
 
 
 def _order_statistics(
-    blocks: Callable[[], Iterable[Block]], ranks: np.ndarray, dtype: np.dtype, d: int, digit: int
+    shares: Sequence[Share], ranks: np.ndarray, found: np.ndarray, digit: int, parallel: Callable
 ) -> np.ndarray:
     """The values of these ranks (0: the smallest) in each dimension, [len(ranks), d]; each pass
-    settles a digit of so many bits.
+    settles a digit of so many bits. `found` are zeros, of the integers that values become.
     """
-    bits, size = dtype.itemsize * 8, 1 << digit
-    found = np.zeros((len(ranks), d), f"u{dtype.itemsize}")  # the digits that are settled
-    left = np.tile(ranks[:, None], (1, d))  # the rank among the values that begin with these
-    for shift in range(bits - digit, -1, -digit):
-        upper = shift + digit
-        tallies = [{int(p): np.zeros(size, np.int64) for p in column} for column in found.T]
-        for values, counts in pieces(blocks()):
-            keys = _sortable(np.ascontiguousarray(values.T, dtype))
-            for row, tally in zip(keys, tallies, strict=True):
-                for settled in tally:
-                    begins = slice(None) if upper == bits else row >> upper == settled
-                    digits = (row[begins] >> shift & size - 1).astype(np.int64)
-                    each = None if counts is None else counts[begins]
-                    tally[settled] += np.bincount(digits, each, size).astype(np.int64)
+    left = np.tile(ranks[:, None], (1, found.shape[1]))  # among values that begin with the settled
+    for shift in range(found.itemsize * 8 - digit, -1, -digit):
+        settled = [{int(prefix) for prefix in column} for column in found.T]
+        counted = parallel(
+            functools.partial(_tallies, settled=settled, shift=shift, digit=digit, like=found),
+            shares,
+        )
+        tallies = functools.reduce(_added, counted)
         for dim, tally in enumerate(tallies):
-            totals = {settled: np.cumsum(counted) for settled, counted in tally.items()}
+            totals = {prefix: np.cumsum(counts) for prefix, counts in tally.items()}
             for r in range(len(ranks)):
                 total = totals[int(found[r, dim])]
                 if total[-1] <= left[r, dim]:
@@ -113,7 +113,30 @@ def _order_statistics(
                 held = int(np.searchsorted(total, left[r, dim], side="right"))
                 left[r, dim] -= total[held - 1] if held else 0
                 found[r, dim] = (int(found[r, dim]) << digit) + held
-    return _from_sortable(found, dtype)
+    return _from_sortable(found)
+
+
+def _tallies(
+    share: Share, *, settled: Sequence[set[int]], shift: int, digit: int, like: np.ndarray
+) -> list[dict[int, np.ndarray]]:
+    """For each dimension {settled digits: how many values that begin with them have each digit at
+    `shift`}.
+    """
+    upper, size = shift + digit, 1 << digit
+    tallies = [{prefix: np.zeros(size, np.int64) for prefix in one} for one in settled]
+    for values, counts in pieces(share()):
+        keys = _sortable(np.ascontiguousarray(values.T, f"f{like.itemsize}"))
+        for row, tally in zip(keys, tallies, strict=True):
+            for prefix in tally:
+                begins = slice(None) if upper == like.itemsize * 8 else row >> upper == prefix
+                digits = (row[begins] >> shift & size - 1).astype(np.int64)
+                each = None if counts is None else counts[begins]
+                tally[prefix] += np.bincount(digits, each, size).astype(np.int64)
+    return tallies
+
+
+def _added(one: list[dict], other: list[dict]) -> list[dict]:
+    return [{k: tally[k] + more[k] for k in tally} for tally, more in zip(one, other, strict=True)]
 
 
 def _sortable(values: np.ndarray) -> np.ndarray:
@@ -125,6 +148,6 @@ def _sortable(values: np.ndarray) -> np.ndarray:
     return np.where(raw & sign, ~raw, raw | sign)
 
 
-def _from_sortable(keys: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    sign = keys.dtype.type(1 << dtype.itemsize * 8 - 1)
-    return np.where(keys & sign, keys ^ sign, ~keys).view(dtype)
+def _from_sortable(keys: np.ndarray) -> np.ndarray:
+    sign = keys.dtype.type(1 << keys.itemsize * 8 - 1)
+    return np.where(keys & sign, keys ^ sign, ~keys).view(f"f{keys.itemsize}")

@@ -73,6 +73,8 @@ def test_videos_fill_it_in_too():
 def test_what_the_config_says_stays(dataset):
     config = config_of(dataset, state_key="joints")
     config.model.update({"action_dim": 8, "proprio_dim": 6, "image_keys": ()})
+    assert metadata.complete(config).data.fps == 20
+    config.data.fps = 20
     assert metadata.complete(config) is config
     config.model.image_keys = None
     assert metadata.complete(config).model.action_dim == 8

@@ -380,8 +380,9 @@ def test_bad_episodes_are_named_and_counted(damaged):
         pipeline_of(config_of(damaged))
 
 
-def test_bad_episodes_are_left_out_when_asked_and_no_other_moves(damaged, paths):
+def test_bad_episodes_are_left_out_when_asked_and_no_other_moves(damaged, paths, capsys):
     made = pipeline_of(config_of(damaged, skip_bad_episodes=True, held_out=0.3))
+    assert "/damaged: episode 1 is left out: " in capsys.readouterr().out
     whole = pipeline_of(config_of(paths[1], held_out=0.3))
     (source,), (other,) = made.sources, whole.sources
     assert list(source.left_out) == [1]
@@ -392,7 +393,7 @@ def test_bad_episodes_are_left_out_when_asked_and_no_other_moves(damaged, paths)
 
 
 def test_rates_that_differ_are_refused(paths):
-    with pytest.raises(ValueError, match="/a has 10 frames per second, config.data.fps says 20"):
+    with pytest.raises(ValueError, match="/a has 10 frames per second, expected 20"):
         pipeline_of(config_of(paths[0], fps=20))
 
 

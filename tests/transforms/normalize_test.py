@@ -1,5 +1,7 @@
 """Normalisation and its inverse, and statistics that are pooled, averaged and compared."""
 
+import concurrent.futures
+import functools
 import tracemalloc
 
 import numpy as np
@@ -151,10 +153,13 @@ def test_statistics_of_blocks_are_those_of_everything(seed, sizes, wide):
     sizes = [*sizes, 1]
     dtypes = [np.float64 if wide and i % 2 else np.float32 for i in range(len(sizes))]
     blocks = [values_of(rng, n, 3, t) for n, t in zip(sizes, dtypes, strict=True)]
-    stats = normalize.compute_blocks(lambda: iter(blocks))
+    stats = normalize.compute_blocks([lambda: iter(blocks)])
     assert_statistics(stats, np.concatenate(blocks))
+    shares = [functools.partial(blocks.__getitem__, slice(k, None, 3)) for k in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        assert_statistics(normalize.compute_blocks(shares, pool.map), np.concatenate(blocks))
     counts = [rng.integers(1, 4, n) for n in sizes]
-    stats = normalize.compute_blocks(lambda: zip(blocks, counts, strict=True))
+    stats = normalize.compute_blocks([lambda: zip(blocks, counts, strict=True)])
     repeated = [np.repeat(b, c, axis=0) for b, c in zip(blocks, counts, strict=True)]
     assert_statistics(stats, np.concatenate(repeated))
 
@@ -171,7 +176,7 @@ def test_memory_does_not_grow_with_the_data():
     peaks = []
     for n in (2, 24):
         tracemalloc.start()
-        normalize.compute_blocks(lambda n=n: (block + np.float32(i) for i in range(n)))
+        normalize.compute_blocks([lambda n=n: (block + np.float32(i) for i in range(n))])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 2e6 < 24 * block.nbytes

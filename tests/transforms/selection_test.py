@@ -31,7 +31,9 @@ def test_quantiles_are_numpys(parts, fractions, dtype, counted):
         blocks = list(zip(blocks, counts, strict=True))
         every = np.concatenate([every, [[2.5]]])
         blocks.append(np.array([[2.5]], dtype))
-    found = selection.quantiles(lambda: iter(blocks), fractions, len(every), 1, np.dtype(dtype))
+    found = selection.quantiles(
+        [lambda: blocks[::2], lambda: blocks[1::2]], fractions, len(every), 1, np.dtype(dtype)
+    )
     with np.errstate(over="ignore"):
         expected = np.quantile(every.astype(np.float64), fractions, axis=0)
     np.testing.assert_array_equal(found, expected)
@@ -49,4 +51,4 @@ def test_pieces_are_large_whatever_the_blocks(monkeypatch):
 def test_a_pass_that_cannot_be_repeated_is_told():
     once = iter([np.zeros((5, 1), np.float32)])
     with pytest.raises(ValueError, match="must begin a new pass"):
-        selection.quantiles(lambda: once, (0.5,), 5, 1, np.dtype(np.float32))
+        selection.quantiles([lambda: once], (0.5,), 5, 1, np.dtype(np.float32))
