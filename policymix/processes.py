@@ -1,5 +1,9 @@
-"""Cores, fresh interpreters that answer over a connection, and the errors that come back."""
+"""Cores, work that threads do ahead, fresh interpreters that answer over a connection, and the
+errors that come back.
+"""
 
+import collections
+import concurrent.futures
 import os
 import pathlib
 import signal
@@ -7,7 +11,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection as connections
 from typing import Any
 
@@ -95,3 +99,20 @@ def unpacked(kind: str, message: str, trace: str) -> Exception:
     error = kinds[kind](message) if kind in kinds else RuntimeError(f"{kind}: {message}")
     error.add_note(trace)
     return error
+
+
+def ahead(
+    pool: concurrent.futures.Executor, function: Callable, items: Iterable, count: int
+) -> Iterator:
+    """function(item) of all items in order, up to `count` of them begun before they are needed."""
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

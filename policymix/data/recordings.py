@@ -4,7 +4,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import h5py
 
@@ -155,11 +156,20 @@ def read(recording: Recording, demo: Demo, *, as_files: bool) -> dict:
 
 
 def read_all(
-    recording: Recording, *, as_files: bool, num_workers: int
-) -> Iterator[tuple[Demo, dict | ValueError]]:
-    """Every demo in order, read by threads while earlier ones are written: as many as there are
-    threads, and at most a GiB, or one. A demo that cannot be read comes with what is wrong with it.
+    recording: Recording,
+    *,
+    as_files: bool,
+    num_workers: int,
+    then: Callable[[Demo, dict], Any] = lambda _, arrays: arrays,
+) -> Iterator[tuple[Demo, Any]]:
+    """Every demo in order, with `then(demo, what was read of it)`; by threads while earlier ones
+    are written: as many as there are threads, and at most a GiB, or one. A demo that cannot be read
+    comes with the ValueError that says what is wrong with it.
     """
+
+    def job(demo: Demo) -> Any:
+        return then(demo, read(recording, demo, as_files=as_files))
+
     most = max(1, _AHEAD // recording.frame_bytes())
     waiting: collections.deque = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
@@ -170,14 +180,14 @@ def read_all(
                     or sum(d.length for d, _ in waiting) + demo.length > most
                 ):
                     yield _next(waiting)
-                waiting.append((demo, pool.submit(read, recording, demo, as_files=as_files)))
+                waiting.append((demo, pool.submit(job, demo)))
             while waiting:
                 yield _next(waiting)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
-def _next(waiting: collections.deque) -> tuple[Demo, dict | ValueError]:
+def _next(waiting: collections.deque) -> tuple[Demo, Any]:
     demo, future = waiting.popleft()
     try:
         return demo, future.result()

@@ -6,6 +6,7 @@ bytes.
 """
 
 import concurrent.futures
+import dataclasses
 import os
 import pathlib
 import sys
@@ -102,7 +103,7 @@ class Writer:
         kind = layouts.VERSIONS[self._version]
         self._layout = kind(self._folder, self.features, self._fps, *self._limits)
         self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
-        self._camera_pool = concurrent.futures.ThreadPoolExecutor(max(1, len(self._cameras)))
+        self._camera_pool = concurrent.futures.ThreadPoolExecutor(max(_THREADS, len(self._cameras)))
         return self
 
     def __exit__(self, *raised) -> None:
@@ -131,7 +132,17 @@ class Writer:
         task: str | Sequence[str],
         stats: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Writes one episode of T frames.
+        """Writes one episode of T frames: `prepare` and `add`. Arguments and errors as of those."""
+        self.add(self.prepare(arrays, task, stats))
+
+    def prepare(
+        self,
+        arrays: Mapping[str, Any],
+        task: str | Sequence[str],
+        stats: Mapping[str, Mapping[str, Any]] | None = None,
+        number: int | None = None,
+    ) -> "Prepared":
+        """Checks and encodes one episode of T frames; threads may prepare several at a time.
 
         Args:
           arrays: {feature: [T, *shape]} of every feature given at the start; shape [1] may be left
@@ -140,45 +151,49 @@ class Writer:
           task: the instruction, or one for each frame.
           stats: {feature: {statistic: array}} of features of pictures, which are kept instead of
             being computed again; of what is missing or useless here, pictures are decoded.
+          number: what errors call the episode; None: the next one to be added.
 
         Raises:
           ValueError: a feature is missing or unknown, or its values are not as declared, or cannot
-            be encoded; nothing of the episode is written then.
-          FileNotFoundError: nor is it if a clip's file is missing.
+            be encoded.
+          FileNotFoundError: a clip's file is missing.
         """
-        number = self._num_episodes
-        where = f"{self.path}, episode {number}"
+        where = f"{self.path}, episode {self._num_episodes if number is None else number}"
         values = self._checked(arrays, where)
         length = len(next(iter(values.values())))
         sentences = _checked_tasks(task, length, where)
         known = self._checked_stats(stats or {}, where)
         counted, segments = self._encoded(values, known, where)
-        # From here on nothing is wrong with the episode; the disk may still be.
-        for sentence in sentences:
-            self._tasks.setdefault(sentence, len(self._tasks))
-        frames = np.arange(length)
-        values |= {
-            "timestamp": (frames / self._fps).astype(np.float32),
-            "frame_index": frames,
-            "episode_index": np.full(length, number),
-            "index": self._num_frames + frames,
-            "task_index": np.array([self._tasks[sentence] for sentence in sentences]),
-        }
         found = {
             name: counted[name].stats() if name in counted else statistics.of_numbers(values[name])
-            for name, feature in self.features.items()
+            for name, feature in self._given.items()
             if feature["dtype"] != "string"
         }
-        tasks = list(dict.fromkeys(sentences))
-        row = {"episode_index": number, "tasks": tasks, "length": length}
+        return Prepared(length, sentences, values, counted, segments, found)
+
+    def add(self, prepared: "Prepared") -> None:
+        """Writes a prepared episode, as the next one. OSError for a disk without room."""
+        length, frames = prepared.length, np.arange(prepared.length)
+        for sentence in prepared.sentences:
+            self._tasks.setdefault(sentence, len(self._tasks))
+        own = {
+            "timestamp": (frames / self._fps).astype(np.float32),
+            "frame_index": frames,
+            "episode_index": np.full(length, self._num_episodes),
+            "index": self._num_frames + frames,
+            "task_index": np.array([self._tasks[sentence] for sentence in prepared.sentences]),
+        }
+        stats = prepared.stats | {name: statistics.of_numbers(own[name]) for name in AUTOMATIC}
+        tasks = list(dict.fromkeys(prepared.sentences))
+        row = {"episode_index": self._num_episodes, "tasks": tasks, "length": length}
         layout = self._layout
-        table = columns.table(self.features, values, layout.schema, layout.picture)
+        table = columns.table(self.features, prepared.values | own, layout.schema, layout.picture)
         try:
-            layout.add(row, table, segments, found)
+            layout.add(row, table, prepared.segments, stats)
         except BaseException:
             self._failed = True
             raise
-        for name, one in counted.items():
+        for name, one in prepared.counted.items():
             self._pictures[name].append(one)
         self._num_episodes += 1
         self._num_frames += length
@@ -270,6 +285,25 @@ class Writer:
             for name, feature in self.features.items()
             if feature["dtype"] != "string"
         }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """An episode that nothing is wrong with, ready to be written.
+
+    Attributes:
+      length: T. sentences: one per frame.
+      values: as `columns.checked` gives them, and clips.
+      counted: {camera: what is known of its pictures}; segments: {video: its packets}.
+      stats: {feature: {statistic: array}}, of those that were given.
+    """
+
+    length: int
+    sentences: list[str]
+    values: dict[str, Any]
+    counted: dict[str, "_Pictures"]
+    segments: dict[str, video_files.Segment]
+    stats: dict[str, dict[str, np.ndarray]]
 
 
 class _Pictures:

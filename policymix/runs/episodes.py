@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import av
@@ -167,7 +167,7 @@ def copy(
 
     Args:
       what: what progress is called.
-      num_workers: threads that read and decode ahead; 0: one per core, 8 at most.
+      num_workers: threads that read, decode and encode ahead; 0: one per core, 8 at most.
 
     Raises:
       ValueError, OSError: a source that is damaged, by file and episode; a disk without room.
@@ -180,20 +180,29 @@ def copy(
     with contextlib.ExitStack() as stack:
         writers = {path: stack.enter_context(_writer(path, target, overwrite)) for path in outputs}
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
-        read = _ahead(pool, lambda job: readers[job[1]].read(job[2]), jobs, workers)
-        stack.callback(read.close)
+
+        def prepare(job: tuple) -> writer.Prepared:
+            number, (path, dataset, episode) = job
+            with _naming(dataset, episode, writers[path].path):
+                arrays, tasks, stats = readers[dataset].read(episode)
+                return writers[path].prepare(arrays, tasks, stats, number)
+
+        numbers = {path: itertools.count() for path in outputs}
+        numbered = [(next(numbers[job[0]]), job) for job in jobs]
+        prepared = processes.ahead(pool, prepare, numbered, workers)
+        stack.callback(prepared.close)
         with metrics.Progress(what, len(jobs)) as shown:
             for path, dataset, episode in jobs:
+                ready = next(prepared)
                 with _naming(dataset, episode, writers[path].path):
-                    arrays, tasks, stats = next(read)
-                    writers[path].add_episode(arrays, tasks, stats=stats)
+                    writers[path].add(ready)
                 shown.step()
         for path, episodes in outputs.items():
             records.write(writers[path].folder / "meta", episodes)
 
 
 class _Reader:
-    """What `Writer.add_episode` takes, of the episodes of one source; threads may share it."""
+    """What `Writer.prepare` takes, of the episodes of one source; threads may share it."""
 
     def __init__(self, dataset: lerobot.Dataset, target: Target):
         self._dataset, self._target = dataset, target
@@ -304,23 +313,6 @@ class _Rows:
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _ahead(
-    pool: concurrent.futures.Executor, function: Callable, items: Sequence, count: int
-) -> Iterator:
-    """function(item) of all items in order, up to `count` of them begun before they are needed."""
-    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _in_order(outputs: Mapping[pathlib.Path, Episodes]) -> list[tuple]:

@@ -80,19 +80,23 @@ def _write(
     num_workers: int,
 ) -> list[int]:
     """Writes all demos that are whole; returns which."""
-    kept, number = [], 0
+    kept, places = [], {demo: number for number, demo in enumerate(found.demos)}
+
+    def prepare(demo: recordings.Demo, arrays: dict) -> writer.Prepared:
+        return dataset.prepare(arrays, demo.task, number=places[demo])
+
+    ready = recordings.read_all(found, as_files=as_files, num_workers=num_workers, then=prepare)
     with metrics.Progress("importing", len(found.demos)) as shown:
-        for demo, arrays in recordings.read_all(found, as_files=as_files, num_workers=num_workers):
-            if isinstance(arrays, ValueError):
+        for demo, prepared in ready:
+            if isinstance(prepared, ValueError):
                 if not skip_bad:
-                    raise arrays
-                found.bad.append(str(arrays))
-                print(f"skipped: {arrays}")
+                    raise prepared
+                found.bad.append(str(prepared))
+                print(f"skipped: {prepared}")
             else:
-                dataset.add_episode(arrays, demo.task)
-                kept.append(number)
-            del arrays  # it may be large, and the next one is read now
-            number += 1
+                dataset.add(prepared)
+                kept.append(places[demo])
+            del prepared  # it may be large, and the next one is read now
             shown.step()
     if not kept:
         raise ValueError(f"no demonstration could be imported; the first: {found.bad[0]}")

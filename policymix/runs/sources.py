@@ -53,8 +53,9 @@ class Source:
         self._lock = threading.Lock()
         if data.fps and self.dataset.fps != data.fps:
             raise ValueError(
-                f"{self.dataset.path} has {self.dataset.fps} frames per second, expected {data.fps} "
-                "(config.data.fps, or the first dataset's): chunks would last differently"
+                f"{self.dataset.path} has {self.dataset.fps} frames per second, expected "
+                f"{data.fps} (config.data.fps, or the first dataset's): chunks would last "
+                "differently"
             )
         self._frames = {feature: self.dataset.frames(feature) for feature in cameras.values()}
         self.left_out = self._bad_episodes(data.skip_bad_episodes)

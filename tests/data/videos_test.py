@@ -210,7 +210,7 @@ def test_a_pool_is_good_for_threads_and_processes(decoded):
     assert _sums(pickle.loads(pickle.dumps(pool)), parts[1]) == expected[1]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_a_pool_in_another_process(decoded, method):
     pool = videos.Pool()
     context = multiprocessing.get_context(method)

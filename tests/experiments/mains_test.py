@@ -272,6 +272,10 @@ def policy(tmp_path_factory):
         ("doctor.py", ()),
         ("norm_stats.py", (STATE, "--output=OUT")),
         ("split_dataset.py", ("--source=SOURCE", "--output=OUT")),
+        (
+            "edit_dataset.py",
+            ("--operation=convert", "--version=v2.1", "--source=SOURCE", "--output=OUT"),
+        ),
         ("benchmark.py", ()),
     ],
 )

@@ -386,14 +386,14 @@ source, output, point = sys.argv[1:]
 def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def add(self, *args, add=writer.Writer.add_episode, calls=[], **kwargs):
+def add(self, *args, add=writer.Writer.add, calls=[], **kwargs):
     calls.append(1)
     if len(calls) == 5:
         kill()
     add(self, *args, **kwargs)
 
 if point == "episode":
-    writer.Writer.add_episode = add
+    writer.Writer.add = add
 elif point == "info":
     files.write_json = kill
 else:

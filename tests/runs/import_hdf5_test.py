@@ -271,7 +271,7 @@ def test_a_disk_without_room_is_told_before_the_work(tmp_path):
 
 def test_another_fault_of_the_writer_reaches_the_caller(tmp_path, monkeypatch):
     samples.robomimic(tmp_path / "d.hdf5", (3,) * 9, cameras=())
-    add, calls = writer.Writer.add_episode, []
+    add, calls = writer.Writer.add, []
 
     def fails(self, *args, **options):
         calls.append(1)
@@ -279,7 +279,7 @@ def test_another_fault_of_the_writer_reaches_the_caller(tmp_path, monkeypatch):
             raise OSError("disk gone")
         return add(self, *args, **options)
 
-    monkeypatch.setattr(writer.Writer, "add_episode", fails)
+    monkeypatch.setattr(writer.Writer, "add", fails)
     before = time.monotonic()
     with pytest.raises(OSError, match="disk gone"):
         import_hdf5.run(tmp_path / "d.hdf5", tmp_path / "out")
