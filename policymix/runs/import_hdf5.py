@@ -1,5 +1,6 @@
 """Demonstrations in HDF5 files → a LeRobot dataset."""
 
+import contextlib
 import itertools
 import pathlib
 
@@ -86,7 +87,7 @@ def _write(
         return dataset.prepare(arrays, demo.task, number=places[demo])
 
     ready = recordings.read_all(found, as_files=as_files, num_workers=num_workers, then=prepare)
-    with metrics.Progress("importing", len(found.demos)) as shown:
+    with contextlib.closing(ready), metrics.Progress("importing", len(found.demos)) as shown:
         for demo, prepared in ready:
             if isinstance(prepared, ValueError):
                 if not skip_bad:
