@@ -22,7 +22,8 @@ def _quick_to_compile():
     if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "1" or not library.exists():
         return []
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        return [flag for flag in flags if code.find(flag[2:].partition("=")[0].encode()) >= 0]
+        # A flag's name is a text of its own there; elsewhere too, once it is gone.
+        return [f for f in flags if code.find(b"\0%s\0" % f[2:].partition("=")[0].encode()) >= 0]
 
 
 os.environ["XLA_FLAGS"] = " ".join(

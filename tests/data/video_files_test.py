@@ -84,7 +84,7 @@ def test_frames_are_encoded_as_lerobot_does(tmp_path):
                     (stream.codec.canonical_name, context.pix_fmt, context.profile),
                     (stream.time_base, context.color_range, context.colorspace),
                     [(p.pts, p.dts, p.duration, p.is_keyframe) for p in packets],
-                    context.extradata,
+                    context.extradata[:4],  # av1C; what follows differs by encoder's version
                     file.format.name,
                 )
             )
