@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "norm_stats": "",
                 "quantile_rule": "exact",  # of computed ones; openpi: by its histograms
                 # aloha, aloha_sim, libero, droid, droid_rlds, bridge, fractal, pusht, metaworld:
-                # what the next five leave open is then as its table says.
+                # what the next six leave open is then as its table says.
                 "robot": "",
                 "state_key": "",  # features, a,b; "": the robot's, or observation.state
                 "action_key": "",  # the same; "": the robot's, or action
@@ -43,6 +43,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 # Actions relative to the state, OpenPI's way: (6, -1) is six dimensions that are
                 # and one that is not; (): none.
                 "delta_actions": ml_collections.config_dict.placeholder(tuple),
+                # Whether numbers pass through the robot's adapter; None: as its table says.
+                "adapt": ml_collections.config_dict.placeholder(bool),
                 # mean_std; quantiles, π0.5's: 1 % and 99 % become ± 1; bounds, open-pi-zero's: the
                 # same, clipped, grippers left alone.
                 "normalization": "",
@@ -208,6 +210,7 @@ def shrink(config: ml_collections.ConfigDict) -> None:
     config.data.update({"asset_id": "", "path": str(PUSHT), "robot": "", "mixture": ""})
     config.data.cameras = dict.fromkeys(config.model.image_keys, "absent")
     config.data.update({"state_key": "", "action_key": "", "delta_actions": (), "fps": 0})
+    config.data.adapt = None
     config.data.tokenizer = "words"  # prompts of so few tokens
     config.data.default_prompt = config.train.init_from = ""
 

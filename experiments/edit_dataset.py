@@ -20,12 +20,16 @@ from policymix import app
 
 _CONFIG = app.define_config(__file__)
 _OPERATION = flags.DEFINE_string("operation", None, "One of the above.", required=True)
-_SOURCE = flags.DEFINE_list("source", None, "What to start from; several to merge.", required=True)
+_SOURCE = flags.DEFINE_multi_string(
+    "source", None, "What to start from; several to merge, as a list or one by one.", required=True
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the new dataset.", required=True)
 _OPTIONS = {
     "episodes": flags.DEFINE_string("episodes", "", "3,5:8: to delete, or that are successes."),
     "version": flags.DEFINE_string("version", "", "v3.0 or v2.1; as the source where empty."),
-    "pictures": flags.DEFINE_string("pictures", "", "image or video; as the source where empty."),
+    "pictures": flags.DEFINE_enum(
+        "pictures", "", ["", "image", "video"], "image or video; as the source where empty."
+    ),
     "codec": flags.DEFINE_string("codec", "", "av1 or h264; as the source where empty."),
     "reward": flags.DEFINE_string("reward", "", "The rule, see above."),
     "feature": flags.DEFINE_string("feature", "", "What holds rewards; next.reward if empty."),
@@ -43,7 +47,8 @@ _WORKERS = flags.DEFINE_integer("num_workers", 0, "That read and decode ahead; 0
 def main() -> None:
     from policymix.runs import edit_dataset, import_hdf5, resize_rlds
 
-    operation, sources = _OPERATION.value, _SOURCE.value
+    operation = _OPERATION.value
+    sources = [source for text in _SOURCE.value for source in text.split(",")]
     given = {name: flag.value for name, flag in _OPTIONS.items() if flag.present}
     edit_dataset.check_operation(operation, sources, given)
     common = {
@@ -52,7 +57,7 @@ def main() -> None:
         "dry_run": flags.FLAGS.dry_run,
     }
     if operation == "import_hdf5":
-        given["video"] = given.pop("pictures", "video") == "video"
+        given["video"] = given.pop("pictures", "") != "image"
         import_hdf5.run(sources[0], _OUTPUT.value, **given, **common)
     elif operation == "resize_rlds":
         resize_rlds.run(sources[0], _OUTPUT.value, **given, **common)

@@ -19,8 +19,8 @@ from policymix import app
 _CONFIG = app.define_config(__file__)
 _SOURCE = flags.DEFINE_string("source", None, "Folder of a LeRobot dataset.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the splits.", required=True)
-_NUM_SPLITS = flags.DEFINE_integer("num_splits", 4, "How many datasets to make.")
-_FRACTIONS = flags.DEFINE_list(
+_NUM_SPLITS = flags.DEFINE_integer("num_splits", None, "How many datasets to make; 4 if not said.")
+_FRACTIONS = flags.DEFINE_multi_string(
     "fractions", [], "Shares of the episodes, 0.8,0.2 or train=0.8,val=0.2, instead of num_splits."
 )
 _EPISODES = flags.DEFINE_multi_string(
@@ -41,7 +41,7 @@ def main() -> None:
         _SOURCE.value,
         _OUTPUT.value,
         num_splits=_NUM_SPLITS.value,
-        fractions=_FRACTIONS.value,
+        fractions=[part for text in _FRACTIONS.value for part in text.split(",")],
         lists=_EPISODES.value,
         seed=_SEED.value,
         sort_by=_SORT_BY.value,

@@ -2,16 +2,20 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _PARTIAL = ".partial-"
+_claimed: set[pathlib.Path] = set()  # partial directories of this process
+_claim = threading.Lock()
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -87,17 +91,47 @@ def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[
     A run that is killed leaves at most a hidden `.NAME.partial-PID`, which the next run of the same
     output removes; never a directory that looks complete. With `overwrite` the old directory stays
     until the new one is whole.
+
+    Raises:
+      FileExistsError: the output is there, or this process is writing it already.
     """
     path = local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _claiming(path) as partial, _filling(path, partial, overwrite):
+        yield partial
+
+
+@contextlib.contextmanager
+def _claiming(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The name of the partial directory, which no other thread is given until the end."""
+    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    with _claim:
+        if partial in _claimed:
+            raise _is_being_written(path)
+        _claimed.add(partial)
+    try:
+        yield partial
+    finally:
+        _claimed.discard(partial)
+
+
+def _is_being_written(path: pathlib.Path) -> FileExistsError:
+    return FileExistsError(f"output {path} is being written already; wait, or choose another")
+
+
+@contextlib.contextmanager
+def _filling(path: pathlib.Path, partial: pathlib.Path, overwrite: bool) -> Iterator[None]:
+    """Makes the partial directory, and puts it in the place of `path` at the end."""
     _remove_leftovers(path)
     if path.exists() and not overwrite:  # before the work, where a killed run's old output is back
         raise FileExistsError(f"output {path} exists; pass --overwrite to replace it")
-    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    if partial.exists():  # of another machine's process of this number
+        raise _is_being_written(path)
     partial.mkdir()
+    lock = _locked(partial)
     try:
         with _naming(path):
-            yield partial
+            yield
         if path.exists():
             if not overwrite:
                 raise FileExistsError(
@@ -116,6 +150,28 @@ def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(path: pathlib.Path) -> int | None:
+    """A descriptor that holds the lock of a directory: processes of other machines, or containers,
+    that share the disk see by it that the directory's writer is alive. The kernel lets go, also on
+    kill -9. None where the disk has no locks.
+
+    Raises:
+      BlockingIOError: another holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -160,6 +216,12 @@ def _remove_leftovers(path: pathlib.Path) -> None:
             continue  # somebody else's
         if _alive(int(pid)) and int(pid) != os.getpid():
             continue
+        try:
+            lock = _locked(leftover)
+        except BlockingIOError:
+            continue  # its number says nothing of a process elsewhere
+        if lock is not None:
+            os.close(lock)
         if old and not path.exists():
             leftover.rename(path)  # killed between the two renames: the old output is the valid one
         else:

@@ -136,6 +136,45 @@ with files.whole_directory(out) as partial:
     assert names(tmp_path) == ["out"]
 
 
+def test_a_process_writes_an_output_once_at_a_time(tmp_path):
+    with files.whole_directory(tmp_path / "out") as partial:
+        (partial / "a").write_text("mine")
+        with pytest.raises(FileExistsError, match="out is being written already"):
+            _fail_within(tmp_path / "out", RuntimeError, overwrite=True)
+        assert names(partial) == ["a"]
+    assert (tmp_path / "out" / "a").read_text() == "mine"
+    with files.whole_directory(tmp_path / "out", overwrite=True):
+        pass
+    assert names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", ["same", "unknown here"])
+def test_a_writer_on_another_machine_keeps_its_partial_directory(tmp_path, number):
+    """On a shared disk: its number is ours, or of no process here, but it holds the lock."""
+    pid = os.getpid() if number == "same" else 2**22 + 1  # beyond Linux's greatest
+    program = f"""
+os.getpid = lambda: {pid}
+with files.whole_directory(out) as partial:
+    print(partial, flush=True)
+    sys.stdin.read()
+"""
+    head = "import os, pathlib, sys\nfrom policymix import files\nout = pathlib.Path(sys.argv[1])\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", head + program, str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        partial = other.stdout.readline().strip()
+        with pytest.raises(FileExistsError if number == "same" else RuntimeError):
+            _fail_within(tmp_path / "out", RuntimeError)
+        assert os.path.isdir(partial)
+        other.kill()
+    with pytest.raises(RuntimeError):
+        _fail_within(tmp_path / "out", RuntimeError)
+    assert names(tmp_path) == []
+
+
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     path = tmp_path / "deep" / "file"
     files.write_whole(path, b"old")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from policymix import files
 from policymix.data import pictures, statistics
 
 NUMBERS = (
@@ -23,8 +24,11 @@ _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 def check_feature(name: str, feature: Mapping[str, Any], where: str) -> None:
     """ValueError unless a feature of this name and declaration can be written."""
-    if not isinstance(name, str) or not name or "/" in name:
-        raise ValueError(f"{where}: a feature's name is a text without '/', got {name!r}")
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(
+            f"{where}: a feature's name is a text without '/', '\\' and zero bytes, and not '.' or "
+            f"'..', for folders are called by it; got {name!r}"
+        )
     if not {"dtype", "shape"} <= feature.keys():
         raise ValueError(f"{where}: {name!r} needs dtype and shape, got {dict(feature)}")
     dtype, shape = feature["dtype"], list(feature["shape"])
@@ -36,12 +40,21 @@ def check_feature(name: str, feature: Mapping[str, Any], where: str) -> None:
             f"{where}: {name!r} has dtype {dtype!r}; known are {', '.join(NUMBERS)}, string, "
             "image and video"
         )
-    whole = all(isinstance(n, int) and n >= 1 for n in shape)
+    whole = all(isinstance(n, int | np.integer) and n >= 1 for n in shape)
     if not whole or not 1 <= len(shape) <= 5 or (dtype == "string" and shape != [1]):
         raise ValueError(
             f"{where}: {name!r} has shape {shape}; expected one to five numbers from 1 on, and "
             "[1] for text"
         )
+
+
+def check_text(text: str, where: str) -> None:
+    """ValueError for a text that no file can hold, such as half of a pair of UTF-16."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        said = files.reason(repr(text))
+        raise ValueError(f"{where}: {said} is no text in UTF-8 ({error.reason})") from None
 
 
 def checked(
@@ -66,6 +79,8 @@ def checked(
         texts = [values] if isinstance(values, str) else list(np.ravel(np.asarray(values, object)))
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(f"{where} is text, got {wrong[0]!r}")
+        for text in texts:
+            check_text(text, where)
         return texts
     return _checked_numbers(feature, values, where)
 

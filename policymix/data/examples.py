@@ -4,7 +4,7 @@ An Example is a map from keys ("steps/observation/image_0") to a list of bytes, 
 int64: tensorflow/core/example/{example,feature}.proto, in protobuf's wire format.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -39,29 +39,34 @@ class BytesList(Sequence):
 Values = BytesList | np.ndarray | None  # None: a feature without a value
 
 
-def parse(data: bytes) -> dict[str, Values]:
+def parse(data: bytes, only: Container[str] | None = None) -> dict[str, Values]:
     """An Example → {key: BytesList, float32 [n] or int64 [n]}; float32 may be views of `data`.
+
+    Args:
+      only: features to read, with what is stored beside them ("KEY/shape"); None for all.
 
     Raises:
       ValueError: it is none; says where it goes wrong.
     """
-    return {key: _feature(data, *span) for key, span in _entries(data)}
+    return {
+        key: _feature(data, *span)
+        for key, span in _entries(data)
+        if only is None or key in only or key.rpartition("/")[0] in only
+    }
 
 
 def replace(data: bytes, new: Mapping[str, Sequence[bytes]]) -> bytes:
     """An Example with some features replaced by lists of bytes, all others as they are, bit for
     bit and in their order. ValueError as `parse`, and for a key that it has not.
     """
-    spans = list(_entries(data))
+    spans, view, parts = list(_entries(data)), memoryview(data), []
     if lacking := sorted(new.keys() - {key for key, _ in spans}):
         raise ValueError(f"the example lacks {lacking}")
-    return _field(
-        1,
-        b"".join(
-            _entry(key, _bytes_list(new[key]) if key in new else data[start:end])
-            for key, (start, end) in spans
-        ),
-    )
+    for key, (start, end) in spans:  # joined once: an episode is large
+        value = _bytes_list(new[key]) if key in new else view[start:end]
+        head = _field(1, key.encode()) + _head(2, len(value))
+        parts += [_head(1, len(head) + len(value)), head, value]
+    return b"".join([_head(1, sum(map(len, parts))), *parts])
 
 
 def serialize(features: Mapping[str, Sequence[bytes] | np.ndarray]) -> bytes:
@@ -87,8 +92,12 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
+def _head(number: int, length: int) -> bytes:
+    return _varint(number << 3 | _PACKED) + _varint(length)
+
+
 def _field(number: int, content: bytes) -> bytes:
-    return b"".join((_varint(number << 3 | _PACKED), _varint(len(content)), content))
+    return _head(number, len(content)) + content
 
 
 def _entry(key: str, value: bytes) -> bytes:

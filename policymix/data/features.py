@@ -20,6 +20,7 @@ from PIL import Image
 from policymix import files
 from policymix.data.examples import BytesList, Values
 
+KINDS = ("tensor", "text", "image")  # that are read
 _JPEG = b"\xff\xd8\xff"
 _AGAIN = "copy or download the dataset again"
 
@@ -30,7 +31,7 @@ class Leaf:
 
     Attributes:
       key: its path, parts joined by "/".
-      kind: "tensor", "text" or "image".
+      kind: "tensor", "text" or "image"; or the name of another kind, which is not read.
       shape: of one value; None where it varies.
       dtype: of numpy; object for bytes.
       lengths: of the sequences around it, outermost first; None where they vary.
@@ -46,6 +47,11 @@ class Leaf:
     encoding: str = "none"
     optional: bool = False
 
+    @property
+    def is_text(self) -> bool:
+        """Or other bytes that are no picture."""
+        return self.dtype == object and self.kind in ("tensor", "text")
+
 
 Tree = dict[str, Any]  # names to Leaf or Tree
 
@@ -55,7 +61,7 @@ def read_features(path: pathlib.Path) -> Tree:
     ("steps") are only seen in the `lengths` of their leaves.
 
     Raises:
-      FileNotFoundError, ValueError: no such file; no such features, or of a kind that is not known.
+      FileNotFoundError, ValueError: no such file; no features as tfds declares them.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {_AGAIN}")
@@ -64,7 +70,7 @@ def read_features(path: pathlib.Path) -> Tree:
         tree = _declared(value, "", ())
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if str(error).startswith("feature "):
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from error
         raise ValueError(
             f"{path}: expected features as tfds writes them, found something else ({error!r}); "
             f"{_AGAIN}"
@@ -116,10 +122,7 @@ def _declared(value: Mapping[str, Any], key: str, lengths: tuple) -> Tree | Leaf
         encoding = content.get("encodingFormat") or content.get("encoding_format") or ""
         dtype = _dtype(content.get("dtype") or "uint8", key)
         return Leaf(key, "image", _shape(content) or (None, None, 3), dtype, lengths, encoding)
-    raise ValueError(
-        f"feature {key!r} is of the kind {name}; known are FeaturesDict, Dataset, Sequence, "
-        "Tensor, Scalar, Text, ClassLabel, BBoxFeature and Image"
-    )
+    return Leaf(key, name, (), np.dtype(object), lengths)
 
 
 def redeclared(
@@ -178,6 +181,8 @@ def decode(leaf: Leaf, example: Mapping[str, Values], *, pictures: str = "pixels
       ValueError: it is missing, or holds something else than declared; names the feature.
     """
     try:
+        if leaf.kind not in KINDS:
+            raise ValueError(f"it is of the kind {leaf.kind}, and read are only {', '.join(KINDS)}")
         if len(leaf.lengths) > 1 and any(n is None for n in leaf.lengths[1:]):
             return _ragged(leaf, example, pictures)
         if len(leaf.lengths) > 1:
@@ -240,7 +245,8 @@ def _missing(leaf: Leaf) -> Values:
     if leaf.dtype == object or leaf.kind == "image" or leaf.encoding != "none":
         return BytesList(b"", np.zeros((size, 2), np.int64))
     if leaf.dtype.kind == "f":
-        return np.full(size, np.finfo(leaf.dtype).min, np.float32)
+        with np.errstate(over="ignore"):  # float32 is stored, float64's least is -inf in it
+            return np.full(size, np.finfo(leaf.dtype).min).astype(np.float32)
     least = 0 if leaf.dtype == bool else np.iinfo(leaf.dtype).min
     return np.full(size, least, np.int64)
 

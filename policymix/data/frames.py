@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,7 +63,7 @@ class PictureFrames:
       key: the feature.
       shape: (hh, ww) as declared.
       data_files: the parquet files, in order of frames.
-      num_frames: how many rows they have.
+      episode_to: int64 [num_episodes], where episodes end among the frames.
     """
 
     def __init__(
@@ -72,9 +72,10 @@ class PictureFrames:
         key: str,
         shape: tuple[int, int],
         data_files: Sequence[pathlib.Path],
-        num_frames: int,
+        episode_to: np.ndarray,
     ):
-        self.shape, self.num_frames = shape, num_frames
+        self.shape, self.num_frames = shape, int(episode_to[-1]) if len(episode_to) else 0
+        self._to = episode_to
         self._where, self._key, self._files = where, key, list(data_files)
         self._lock, self._stored = threading.Lock(), None
 
@@ -126,7 +127,19 @@ class PictureFrames:
         return images
 
     def _decode(self, index: int, encoded: bytes) -> np.ndarray:
-        return pictures.decode(encoded, self.shape, f"{self._where}, frame {index}")
+        try:
+            return pictures.decode(encoded, self.shape, self._where)
+        except ValueError as error:
+            said = str(error).removeprefix(f"{self._where}: ")
+            raise ValueError(f"{self._named(index)}: {said}") from error
+
+    def _named(self, index: int) -> str:
+        """A frame by the dataset, its feature, its episode and its file."""
+        episode = int(np.searchsorted(self._to, index, side="right"))
+        frame = index - (int(self._to[episode - 1]) if episode else 0)
+        ends = np.cumsum(list(tables.num_rows(self._files).values()))
+        file = self._files[int(np.searchsorted(ends, index, side="right"))]
+        return f"{self._where}, frame {frame} of episode {episode}, in {file.name}"
 
     def _bytes(self, column: pa.Array, first: int) -> tuple[bytes, np.ndarray]:
         """What `encoded` yields, of a column whose first row is frame `first`."""
@@ -139,8 +152,8 @@ class PictureFrames:
         if column.null_count:
             frame = first + int(np.argmin(column.is_valid().to_numpy(zero_copy_only=False)))
             raise ValueError(
-                f"{self._where}, frame {frame}, has no bytes, only a path at best; write the "
-                "dataset again with the pictures inside"
+                f"{self._named(frame)}, has no bytes, only a path at best; write the dataset again "
+                "with the pictures inside"
             )
         _, offsets, data = column.buffers()
         offsets = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
@@ -297,48 +310,6 @@ class VideoFrames:
             frame = error.frame - self._first_frames[episode]
             where = f"{self._where}, frame {frame} of episode {episode}"
             raise ValueError(f"{where}: {error}") from error
-
-
-def places(
-    path: pathlib.Path, info: Mapping[str, Any], key: str
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Where the episodes of a LeRobot dataset are on video.
-
-    Args:
-      path: its folder. info: its meta/info.json. key: a feature of dtype video.
-
-    Returns:
-      The video files, which of these every episode is in, int64 [num_episodes], and the number of
-      its first frame there, int64 [num_episodes].
-
-    Raises:
-      ValueError: metadata that does not say where, or leads out of the folder.
-    """
-    version, where = info["codebase_version"], f"{path / 'meta' / 'info.json'}: video_path"
-    table = tables.meta_files(path, version)[2:]
-    if version == "v3.0":
-        columns = [f"videos/{key}/{n}" for n in ("chunk_index", "file_index", "from_timestamp")]
-        rows = tables.episodes(table, [*columns, "length"])
-        found = np.array([[row[name] for name in columns] for row in rows], np.float64)
-        empty = np.array([row["length"] == 0 for row in rows])
-        found = np.where(empty[:, None] & ~np.isfinite(found), 0, found)
-        if (wrong := np.flatnonzero(~(found >= 0).all(axis=1) | np.isinf(found).any(axis=1))).size:
-            raise ValueError(
-                f"{table[0]}: episode {wrong[0]} has {columns} = {found[wrong[0]].tolist()}, "
-                f"expected numbers, 0 or more; {tables.AGAIN}"
-            )
-        chunks, numbers = found[:, :2].astype(np.int64).T.tolist()
-        first_frames = np.rint(found[:, 2] * info["fps"]).astype(np.int64)
-        values = [{"chunk_index": c, "file_index": n} for c, n in zip(chunks, numbers, strict=True)]
-    else:
-        size, count = int(info.get("chunks_size") or 1000), int(info["total_episodes"])
-        values = [{"episode_chunk": n // size, "episode_index": n} for n in range(count)]
-        first_frames = np.zeros(count, np.int64)
-    template = info.get("video_path")
-    names = [tables.place(path, template, where, {"video_key": key, **v}) for v in values]
-    numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    of_episode = np.array([numbered[name] for name in names], np.int64)
-    return [str(path / name) for name in numbered], of_episode, first_frames
 
 
 def separate(data: bytes, offsets: np.ndarray) -> list[bytes]:

@@ -20,6 +20,7 @@ from policymix import files
 from policymix.data import pictures
 
 _BLOCK = 32  # pictures that are in memory as they are stored
+_UNREADABLE = "it cannot be read; the file may be damaged, or it is a link that leads nowhere"
 _COLOURS = ("height", "width", "channel")
 
 
@@ -118,22 +119,39 @@ class Group:
     def __init__(self, file: h5py.File, name: str, where: str):
         self.where, self._file = where, file.filename
         found = file.get(name)
+        if found is None:
+            raise ValueError(f"{where}: {_UNREADABLE}")
         if not isinstance(found, h5py.Group):
             raise ValueError(f"{where}: expected a group {name!r}, found {found!r}")
         self.group = found
 
     def has(self, key: str) -> bool:
+        """Whether there is something of that name, also if it cannot be read."""
         return key in self.group
 
+    def inside(self) -> list[str]:
+        """What a message shows of it."""
+        return inside(self.group)[:20]
+
     def arrays(self, key: str = "") -> list[str]:
-        """Names of the arrays in the group `key`, in natural order; none without the group."""
-        group = self.group.get(key) if key else self.group
+        """Names of the arrays in the group `key`, and of what cannot be read, in natural order;
+        none without the group.
+        """
+        group = self._get(key) if key else self.group
         names = inside(group) if isinstance(group, h5py.Group) else []
-        return [name for name in names if isinstance(group.get(name), h5py.Dataset)]
+        return [name for name in names if not isinstance(group.get(name), h5py.Group)]
+
+    def _get(self, key: str):
+        """None where nothing is. ValueError for what is there and cannot be read."""
+        found = self.group.get(key)
+        for path in (key.rpartition("/")[0], key) if found is None else ():
+            if path and self.has(path) and self.group.get(path) is None:
+                raise ValueError(f"{self.where}: {path!r}: {_UNREADABLE}")
+        return found
 
     def array(self, key: str) -> h5py.Dataset:
         """ValueError unless it is there, as [T, …], and lies in the file itself."""
-        found = self.group.get(key)
+        found = self._get(key)
         if not isinstance(found, h5py.Dataset):
             parent = key.rpartition("/")[0]
             near = self.group.get(parent) if parent else None

@@ -40,6 +40,7 @@ _JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_r
 _MOTORS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _JOINTS)
 _POSE = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_0", "finger_1")
 _STANDS = "stands for it unless a task is given"
+_NO_OBS = "robomimic's dataset_states_to_obs.py adds obs to files that have states alone"
 _EXPECTED = "data/demo_N/obs (LIBERO, robomimic), or observations and action (ALOHA)"
 
 
@@ -81,8 +82,8 @@ def recognised(file: h5py.File, path: pathlib.Path, name: str = "") -> Layout:
       ValueError: it has none of them; says what it holds.
     """
     data, demos = file.get("data"), _demos(file)
-    first = file.get(f"{demos[0]}/obs") if demos else None
-    seen = hdf5.inside(first) if isinstance(first, h5py.Group) else []
+    found = (file.get(f"{demo}/obs") for demo in demos)  # of the first that has any
+    seen = next((hdf5.inside(obs) for obs in found if isinstance(obs, h5py.Group)), [])
     like = ""
     if isinstance(file.get("observations"), h5py.Group) and "action" in file:
         like = "aloha"
@@ -96,19 +97,21 @@ def recognised(file: h5py.File, path: pathlib.Path, name: str = "") -> Layout:
     there = f"{hdf5.inside(file)[:20]}"
     if isinstance(data, h5py.Group):
         there += f", in data {hdf5.inside(data)[:5]}"
-        there += f", in {demos[0]} {hdf5.inside(file[demos[0]])[:20]}" if demos else ""
+    if demos:
+        there += f", in {demos[0]} {hdf5.Group(file, demos[0], f'{path}, {demos[0]}').inside()}"
+    advice = f"; {_NO_OBS}" if demos and not seen else ""
     raise ValueError(
         f"{path} has not the layout of {name or ' or '.join(NAMES)}: expected {_EXPECTED}; it "
-        f"holds {there}"
+        f"holds {there}{advice}"
     )
 
 
 def _demos(file: h5py.File) -> list[str]:
-    """The groups in `data`; demo_2 stands before demo_10."""
+    """The groups in `data`, and what cannot be opened; demo_2 stands before demo_10."""
     data = file.get("data")
     if not isinstance(data, h5py.Group):
         return []
-    return [f"data/{n}" for n in hdf5.inside(data) if isinstance(data.get(n), h5py.Group)]
+    return [f"data/{n}" for n in hdf5.inside(data) if not isinstance(data.get(n), h5py.Dataset)]
 
 
 def _libero_fields(demo: hdf5.Group, file: h5py.File, swap: bool) -> dict[str, hdf5.Field]:
@@ -124,6 +127,8 @@ def _libero_fields(demo: hdf5.Group, file: h5py.File, swap: bool) -> dict[str, h
 
 def _robomimic_fields(demo: hdf5.Group, file: h5py.File, swap: bool) -> dict[str, hdf5.Field]:
     names, fields = demo.arrays("obs"), {}
+    if not names:
+        raise ValueError(f"{demo.where}: no arrays in 'obs', it holds {demo.inside()}; {_NO_OBS}")
     parts = ("eef_pos", "eef_quat", "gripper_qpos")
     robots = [f"robot{i}" for i in range(len(names)) if f"robot{i}_eef_pos" in names or not i]
     state = tuple(f"obs/{robot}_{part}" for robot in robots for part in parts)

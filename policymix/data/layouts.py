@@ -8,7 +8,7 @@ import contextlib
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from policymix import files
 from policymix.data import columns, statistics, tables, video_files
 
 _MB = 2**20
+_PACKED = 256  # rows of the episode table that are Python objects at a time: these are large
 _DATA_V3 = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_V3 = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_V3 = "meta/episodes/chunk-000/file-000.parquet"
@@ -69,6 +70,9 @@ class Version3(_Layout):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._sink = self._parquet = None
+        self._episodes_schema = columns.episodes_schema(self.features)
+        self._packed: list[pa.Table] = []
+        self._num_frames = 0
         limit = self._video_mb * _MB
         self._videos = {
             name: _Videos(name, functools.partial(self._video, name), self._fps, limit)
@@ -90,7 +94,7 @@ class Version3(_Layout):
           segments: {camera: its frames} of all videos.
           stats: {feature: {stat: array}}.
         """
-        first = self._rows[-1]["dataset_to_index"] if self._rows else 0
+        first = self._num_frames
         chunk, file = self._write(table)
         row |= {"data/chunk_index": chunk, "data/file_index": file}
         row |= {"dataset_from_index": first, "dataset_to_index": first + len(table)}
@@ -98,7 +102,15 @@ class Version3(_Layout):
             row |= self._videos[name].append(segment)
         for name, found in stats.items():
             row |= {f"stats/{name}/{stat}": values.tolist() for stat, values in found.items()}
+        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        self._num_frames += len(table)
         self._rows.append(row)
+        if len(self._rows) == _PACKED:
+            self._pack()
+
+    def _pack(self) -> None:
+        self._packed.append(pa.Table.from_pylist(self._rows, self._episodes_schema))
+        self._rows.clear()
 
     def _write(self, table: pa.Table) -> tuple[int, int]:
         """Appends to the data files, a row group; returns the indices of chunk and file."""
@@ -152,10 +164,8 @@ class Version3(_Layout):
 
     def finish(self, tasks: list[str], stats: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes the tables of the folder meta, once all is closed."""
-        place = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        rows = [row | place for row in self._rows]
-        table = pa.Table.from_pylist(rows, columns.episodes_schema(self.features))
-        pq.write_table(table, self._path(_EPISODES_V3))
+        self._pack()
+        pq.write_table(pa.concat_tables(self._packed), self._path(_EPISODES_V3))
         pq.write_table(_tasks_table(tasks), self._path("meta/tasks.parquet"))
         files.write_json(self._path("meta/stats.json"), _as_lists(stats))
 
@@ -211,7 +221,7 @@ class Version21(_Layout):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._stats: list[dict[str, Any]] = []
+        self._stats: list[str] = []  # lines: as objects they take ten times the memory
 
     def add(
         self,
@@ -237,7 +247,7 @@ class Version21(_Layout):
                 raise
             video.close()
         self._rows.append(row)
-        self._stats.append({"episode_index": number, "stats": _as_lists(stats)})
+        self._stats.append(_line({"episode_index": number, "stats": _as_lists(stats)}))
 
     def close(self) -> None:
         """Nothing is open between episodes."""
@@ -257,13 +267,16 @@ class Version21(_Layout):
         """Writes the tables of the folder meta. `stats` of all frames have no place there."""
         del stats
         named = ({"task_index": number, "task": task} for number, task in enumerate(tasks))
-        self._write_lines("tasks", named)
-        self._write_lines("episodes", iter(self._rows))
-        self._write_lines("episodes_stats", iter(self._stats))
+        self._write_lines("tasks", map(_line, named))
+        self._write_lines("episodes", map(_line, self._rows))
+        self._write_lines("episodes_stats", self._stats)
 
-    def _write_lines(self, name: str, rows: Iterator[dict[str, Any]]) -> None:
-        text = "".join(f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n" for row in rows)
-        files.write_whole(self._path(f"meta/{name}.jsonl"), text.encode())
+    def _write_lines(self, name: str, lines: Iterable[str]) -> None:
+        files.write_whole(self._path(f"meta/{name}.jsonl"), "".join(lines).encode())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return f"{json.dumps(row, ensure_ascii=False, allow_nan=False)}\n"
 
 
 VERSIONS = {"v3.0": Version3, "v2.1": Version21}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from policymix.data import frames, pictures, tables
+from policymix.data import frames, pictures, places, tables
 
 TOLERANCE_S = 1e-4  # how far a time may lie from a whole frame, in seconds; LeRobot's default
 _PICTURES = ("image", "video")
@@ -133,11 +133,11 @@ class Dataset:
             where, feature = f"{self.path}: {key!r}", self.features[key]
             shape = pictures.size(feature, where)
             if feature["dtype"] == "image":
-                made = frames.PictureFrames(where, key, shape, self.data_files, self.num_frames)
+                made = frames.PictureFrames(where, key, shape, self.data_files, self.episode_to)
             else:
-                places = frames.places(self.path, self.info, key)
+                place = places.on_video(self.path, self.info, key)
                 bounds = self.episode_from, self.episode_to
-                made = frames.VideoFrames(where, key, shape, self.fps, *places, *bounds)
+                made = frames.VideoFrames(where, key, shape, self.fps, *place, *bounds)
             self._frames[key] = made
         return self._frames[key]
 
@@ -223,11 +223,14 @@ class Dataset:
                 found.setdefault(int(episode), what)
         return dict(sorted(found.items()))
 
-    def episode_stats(self) -> list[dict[str, dict[str, np.ndarray]]] | None:
-        """The statistics of every episode, {feature: {stat: array}}, as the dataset has them; None
-        where it has none, as v2.0. Deviations of pictures may be 0 in v3.0: LeRobot 0.4 wrote that.
+    def episode_stats(
+        self, keys: Sequence[str] | None = None
+    ) -> list[dict[str, dict[str, np.ndarray]]] | None:
+        """The statistics of every episode, {feature: {stat: array}}, as the dataset has them, of
+        the features `keys` or all; None where it has none, as v2.0. Deviations of pictures may be
+        wrong in v3.0, see `statistics.of_pictures`.
         """
-        return tables.episode_stats(tables.meta_files(self.path, self.version)[2:])
+        return tables.episode_stats(tables.meta_files(self.path, self.version)[2:], keys)
 
     def _feature(self, name: str) -> dict:
         if name in self.features:

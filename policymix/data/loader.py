@@ -6,15 +6,15 @@ so that a run that resumes, or another host, needs no iterator's state.
 
 import collections
 import functools
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from absl import flags
 
-from policymix.data import lerobot, rlds
+from policymix.data.opening import Dataset
 
-Dataset = lerobot.Dataset | rlds.Dataset
 _T = TypeVar("_T")
 _KEPT = "is_kept"
 
@@ -45,11 +45,30 @@ def ahead(
     threads = max(1, num_threads)
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffered, threads))
     made = grain.MapDataset.range(first, last).map(make).to_iter_dataset(read)
-    if num_processes:
-        if not flags.FLAGS.is_parsed():  # in notebooks; grain has some, which its processes read
-            flags.FLAGS.mark_as_parsed()
-        made = made.mp_prefetch(grain.MultiprocessingOptions(num_processes, buffered))
-    return iter(made)
+    if not num_processes:
+        return iter(made)
+    if not flags.FLAGS.is_parsed():  # in notebooks; grain has some, which its processes read
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_processes, buffered)
+    return _told(iter(made.mp_prefetch(options, worker_init_fn=_deaf)))
+
+
+def _deaf(*_) -> None:
+    """Ctrl-C is for the process that waits for this one, and says so itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _told(made: Iterator[_T]) -> Iterator[_T]:
+    """Says in our words that a process died."""
+    try:
+        yield from made
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise OSError(
+            "a process that makes batches died (out of memory?): lower config.data.num_processes, "
+            "or set it to 0"
+        ) from error
 
 
 def placed(batches: Iterable[_T], place: Callable[[_T], _T], *, buffered: int = 2) -> Iterator[_T]:
@@ -176,6 +195,14 @@ class ActionChunks:
 
     def __len__(self) -> int:
         return len(self._frames)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one example: {"state": [p], "actions": [h, a]}."""
+        return {
+            "state": self._states.shape[1:],
+            "actions": (self.horizon, *self._actions.shape[1:]),
+        }
 
     def get(self, positions: np.ndarray) -> dict[str, Any]:
         """The frames at `positions` int [b], each in 0..len(self)-1.

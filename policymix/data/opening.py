@@ -5,10 +5,12 @@ import pathlib
 from policymix import files, hub
 from policymix.data import lerobot, rlds
 
+Dataset = lerobot.Dataset | rlds.Dataset
+
 
 def open_dataset(
     name: str, *, fps: float = 0, skip_unlabeled: bool = False, skip_bad: bool = False
-) -> lerobot.Dataset | rlds.Dataset:
+) -> Dataset:
     """Opens the LeRobot dataset, or the RLDS dataset of tfds, at `name`.
 
     Args:

@@ -1,5 +1,5 @@
 """What the RLDS datasets of Open X-Embodiment and DROID mean: standardisation of whole
-trajectories, mixtures, windows. Pure functions of numpy arrays.
+trajectories, and mixtures. Pure functions of numpy arrays.
 
 A trajectory is {"observation": {name: [T, ...]}, "action": ..., "language_instruction": [T], ...},
 with T steps; pictures may be pixels, bytes, or anything else with an entry per step. Conventions
@@ -10,7 +10,7 @@ variants of Bridge, and OpenPI for DROID; docs/conventions.md lists them.
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -90,37 +90,34 @@ def binarized_gripper(actions: np.ndarray) -> np.ndarray:
     """Absolute gripper commands [T], 1 open … 0 closed → float32 [T] of 0 and 1.
 
     Values between `CLOSED` and `OPEN` become what is reached after them; those at the end, after
-    which nothing is reached, become the last command as it is.
+    which nothing is reached, become the last command as it is. What is no number stays so.
     """
     actions = np.asarray(actions)
     clear = (actions > OPEN) | (actions < CLOSED)
     reached = np.where(clear, np.arange(len(actions)), len(actions))
     reached = np.minimum.accumulate(reached[::-1])[::-1]
     values = np.append((actions > OPEN).astype(np.float32), actions[-1:].astype(np.float32))
-    return values[reached] if len(actions) else values
+    return _with_gaps(values[reached], actions) if len(actions) else values
 
 
 def absolute_gripper(actions: np.ndarray) -> np.ndarray:
     """Relative gripper commands [T], +1 closes, -1 opens → float32 [T], 1 open, 0 closed.
 
     A command holds until the next. Before the first one the gripper is in the other state, since
-    it would not be told what it is already; without any it is open.
+    it would not be told what it is already; without any it is open. What is no number stays so.
     """
     actions = np.asarray(actions)
     commands = (actions < -_MOVES).astype(np.float32) - (actions > _MOVES)  # 1 opens, -1 closes
     last = np.maximum.accumulate(np.where(commands != 0, np.arange(len(commands)), -1))
     first = commands[np.argmax(commands != 0)] if len(commands) else 0
     before = -first if first else 1
-    return (np.where(last < 0, before, commands[last]) / 2 + 0.5).astype(np.float32)
+    held = np.where(last < 0, before, commands[last]) / 2 + 0.5 if len(commands) else commands
+    return _with_gaps(held, actions)
 
 
-def initially_open(actions: np.ndarray) -> float:
-    """The gripper before relative commands [T] (+1 opens, -1 closes): 1.0 open, 0.0 closed, from
-    the first command; without any it is open.
-    """
-    commands = np.sign(np.where(np.abs(actions) > _IDLE, actions, 0))
-    moved = commands[commands != 0]
-    return float(moved[0] < 0) if len(moved) else 1.0
+def _with_gaps(commands: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """Commands, but NaN or infinity where that was recorded, so that a check can find it."""
+    return np.where(np.isfinite(recorded), commands, recorded).astype(np.float32)
 
 
 def _bridge_steps(state, gripper, instruction, images) -> Standardized:
@@ -191,10 +188,13 @@ def _droid(command: str) -> Callable:
 
 def _choice(metadata: Mapping[str, Any]) -> np.random.Generator:
     """Of an episode: the same on every machine and in every order of reading."""
+    return np.random.default_rng(zlib.crc32(_path(metadata)))
+
+
+def _path(metadata: Mapping[str, Any]) -> bytes:
+    """Of the episode's raw files; b"" where it is not told."""
     path = metadata.get("file_path", b"")
-    return np.random.default_rng(
-        zlib.crc32(path if isinstance(path, bytes) else str(path).encode())
-    )
+    return path if isinstance(path, bytes) else str(path).encode()
 
 
 def _one_instruction(trajectory: Trajectory, choice: np.random.Generator) -> np.ndarray:
@@ -209,8 +209,8 @@ def _one_instruction(trajectory: Trajectory, choice: np.random.Generator) -> np.
 
 def _failed(trajectory: Trajectory, metadata: Mapping[str, Any]) -> str:
     """DROID keeps failures in folders called "failure"; OpenPI trains on "success" alone."""
-    path = metadata.get("file_path")
-    return "" if path is None or b"success" in path else "the attempt failed"
+    told = "file_path" in metadata and b"success" not in _path(metadata)
+    return "the attempt failed" if told else ""
 
 
 def moving(joint_velocity: np.ndarray) -> np.ndarray:
@@ -324,50 +324,3 @@ def fractions(weights: Sequence[float], num_frames: Sequence[int]) -> np.ndarray
             f"{list(weights)} and {list(num_frames)} frames"
         )
     return shares / shares.sum()
-
-
-class Windows(NamedTuple):
-    """Which steps make the examples of an episode of T steps: w observations, h actions each.
-
-    Attributes:
-      observations: int64 [T, w]; before the episode its first step again.
-      observation_mask: bool [T, w], false for those.
-      actions: int64 [T, w, h], the chunk from each observation on; beyond the episode its last
-        action again.
-      action_mask: bool [T, w, h], false for those.
-      done: bool [T, w, h]: the action belongs to the goal's step or a later one.
-    """
-
-    observations: np.ndarray
-    observation_mask: np.ndarray
-    actions: np.ndarray
-    action_mask: np.ndarray
-    done: np.ndarray
-
-
-def windows(length: int, window: int, horizon: int, goal: np.ndarray | None = None) -> Windows:
-    """The windows and chunks of an episode.
-
-    Args:
-      length, window, horizon: T, w and h.
-      goal: int [T], the step that each step's goal is taken from; None for the last.
-
-    Raises:
-      ValueError: window or horizon below 1, a negative length.
-    """
-    if window < 1 or horizon < 1 or length < 0:
-        raise ValueError(
-            f"expected window and horizon of 1 or more and a length of 0 or more; got {window=}, "
-            f"{horizon=}, {length=}"
-        )
-    wanted = np.arange(length)[:, None] + np.arange(1 - window, 1)
-    observations = np.maximum(wanted, 0)
-    actions = observations[:, :, None] + np.arange(horizon)
-    goals = np.full(length, length - 1) if goal is None else np.asarray(goal)
-    return Windows(
-        observations=observations,
-        observation_mask=wanted >= 0,
-        actions=np.minimum(actions, length - 1),
-        action_mask=actions < length,
-        done=actions >= goals[:, None, None],
-    )

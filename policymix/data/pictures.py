@@ -87,8 +87,9 @@ def _differs(image: Image.Image, shape: tuple[int, int]) -> str:
 
 
 def _unreadable(data: bytes, where: str, error: Exception) -> ValueError:
+    why = str(error).partition(" <")[0]  # Pillow says where the bytes lie in memory
     return ValueError(
-        f"{where}: {len(data)} bytes that are no picture as declared ({error}); copy or record "
+        f"{where}: {len(data)} bytes that are no picture as declared ({why}); copy or record "
         "the dataset again"
     )
 

@@ -35,8 +35,8 @@ class Recording:
 
     Attributes:
       fps: frames a second. robot_type: as in LeRobot's info.json, or None.
-      fields: {feature: Field}, the same for every demo.
-      left_out: arrays of the first demo that are in no feature.
+      fields: {feature: Field}, the same for every demo; of those that differ, what most have.
+      left_out: arrays of the first of these demos that are in no feature.
       splits: {filter key of robomimic: indices of demos, ascending}.
       rates: {frames a second: a file that says so, or whose layout does}.
       bad: what is wrong with the demos that were skipped. notes: what a user should know.
@@ -70,6 +70,17 @@ class Recording:
         }
 
 
+@dataclasses.dataclass
+class _Kind:
+    """Demos of the same features, by their numbers; all else as in `Recording`."""
+
+    fields: dict[str, hdf5.Field]
+    left_out: list[str]
+    robot_type: str | None
+    demos: list[int] = dataclasses.field(default_factory=list)
+    rates: dict[float, str] = dataclasses.field(default_factory=dict)
+
+
 class _SourceError(ValueError):
     """Wrong with the source as a whole: no demo of it can be skipped to help."""
 
@@ -94,11 +105,7 @@ class Options:
     skip_bad: bool = False
 
     def __post_init__(self):
-        if (
-            self.layout not in ("", *hdf5_layouts.NAMES)
-            or self.fps < 0
-            or self.fps != int(self.fps)
-        ):
+        if self.layout not in ("", *hdf5_layouts.NAMES) or self.fps < 0 or self.fps % 1 != 0:
             raise ValueError(
                 f"layout={self.layout!r}, fps={self.fps}: layout is empty or one of "
                 f"{', '.join(hdf5_layouts.NAMES)}; fps is a whole number, 0 for the source's own"
@@ -111,13 +118,13 @@ def scan(source: str | pathlib.Path, options: Options = Options()) -> Recording:
     Raises:
       ValueError, OSError: names file, demo and key, what was expected, and what is there.
     """
-    found, source = Recording(), files.local(source)
+    found, kinds, source = Recording(), [], files.local(source)
     paths = _paths(source)
     lines = 10 if len(paths) > _MANY else 0
     for path in metrics.progress(paths, "looking into files", lines=lines):
         try:
             with hdf5.opened(path) as file:
-                _scan_file(file, path, found, options)
+                _scan_file(file, path, found, kinds, options)
         except ValueError as error:
             if not options.skip_bad or isinstance(error, _SourceError):
                 raise
@@ -125,8 +132,23 @@ def scan(source: str | pathlib.Path, options: Options = Options()) -> Recording:
     if not found.demos:
         wrong = f"; skipped: {'; '.join(found.bad[:3])}" if found.bad else ""
         raise ValueError(f"{source}: no demonstration to import{wrong}")
+    _keep_most(found, kinds)
     found.fps = int(options.fps) or _rate(found, source)
     return found
+
+
+def _keep_most(found: Recording, kinds: list[_Kind]) -> None:
+    """Keeps the demos whose features most have; the others are bad."""
+    most = max(kinds, key=lambda kind: len(kind.demos))  # the first of equals
+    for name in ("fields", "left_out", "robot_type", "rates"):
+        setattr(found, name, getattr(most, name))
+    for kind in kinds:
+        for number in kind.demos if kind is not most else ():
+            found.bad.append(_differs(found.demos[number], kind, found.demos[most.demos[0]], most))
+    new = {old: number for number, old in enumerate(most.demos)}
+    found.demos = [found.demos[old] for old in most.demos]
+    for key, numbers in found.splits.items():
+        found.splits[key] = [new[number] for number in numbers if number in new]
 
 
 def _rate(found: Recording, source: pathlib.Path) -> int:
@@ -213,8 +235,10 @@ def _paths(source: pathlib.Path) -> list[pathlib.Path]:
     return sorted(found, key=lambda path: hdf5.natural(path.relative_to(source).as_posix()))
 
 
-def _scan_file(file: h5py.File, path: pathlib.Path, found: Recording, options: Options) -> None:
-    """Adds the demos of a file to `found`."""
+def _scan_file(
+    file: h5py.File, path: pathlib.Path, found: Recording, kinds: list[_Kind], options: Options
+) -> None:
+    """Adds the demos of a file to `found`, and to one of `kinds`."""
     layout = hdf5_layouts.recognised(file, path, options.layout)
     if found.demos and layout.name != found.layout:
         raise _SourceError(
@@ -229,41 +253,40 @@ def _scan_file(file: h5py.File, path: pathlib.Path, found: Recording, options: O
             group = hdf5.Group(file, name, _where(path, name))
             fields = layout.fields(group, file, options.swap_channels)
             length = group.length(fields)
-            _check_same(fields, found, group.where)
+            kind = next((kind for kind in kinds if kind.fields == fields), None)
+            if not kind:
+                kind = _Kind(fields, _left_out(group.group, fields), robot)
+                kinds.append(kind)
+                if len(kinds) > 1 and not options.skip_bad:
+                    raise ValueError(_differs(group.where, kind, found.demos[0], kinds[0]))
         except ValueError as error:
             if not options.skip_bad:
                 raise
             found.bad.append(str(error))
             continue
-        if not found.demos:
-            found.fields, found.left_out = fields, _left_out(group.group, fields)
-            found.robot_type = robot
-        found.rates.setdefault(rate, str(path))
+        kind.rates.setdefault(rate, str(path))
         sentence, note = (
             (options.task, "") if options.task else layout.task(path, file, group.group)
         )
         if note and note not in found.notes:
             found.notes.append(note)
         index[name.removeprefix("data/")] = len(found.demos)
+        kind.demos.append(len(found.demos))
         found.demos.append(Demo(path, name, length, sentence))
     _add_splits(file, path, found, index, options.skip_bad)
 
 
-def _check_same(fields: dict[str, hdf5.Field], found: Recording, where: str) -> None:
-    """ValueError unless a demo has the features of the first."""
-    if not found.demos or fields == found.fields:
-        return
+def _differs(demo: Demo | str, kind: _Kind, first: Demo, most: _Kind) -> str:
+    """What to say of a demo that has not the features of the others."""
     ours, theirs = (
-        {name: str(field) for name, field in both.items()} for both in (fields, found.fields)
+        {name: str(field) for name, field in one.fields.items()} for one in (kind, most)
     )
-    names = [n for n in {**theirs, **ours} if ours.get(n) != theirs.get(n)]
     told = [
-        f"{n!r} is {theirs.get(n, 'not there')}, here {ours.get(n, 'not there')}" for n in names
+        f"{n!r} is {theirs.get(n, 'not there')}, here {ours.get(n, 'not there')}"
+        for n in {**theirs, **ours}
+        if ours.get(n) != theirs.get(n)
     ]
-    raise ValueError(
-        f"{where} differs from {found.demos[0]}: {'; '.join(told[:3])}; import them one after the "
-        "other"
-    )
+    return f"{demo} differs from {first}: {'; '.join(told[:3])}; import them one after the other"
 
 
 def _left_out(group: h5py.Group, fields: dict[str, hdf5.Field]) -> list[str]:

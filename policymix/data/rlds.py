@@ -1,6 +1,8 @@
-"""RLDS datasets for training: every step of a split at hand, with the interface of data.lerobot.
+"""RLDS datasets for training: every step of a split at hand, with what training uses of the
+interface of data.lerobot.
 
-The first time a split is opened it is indexed (data/rlds_index.py), which the cache keeps.
+The first time a split is opened it is indexed (data/rlds_index.py); the index stays in the cache
+until the shards change.
 """
 
 import collections
@@ -49,7 +51,8 @@ def open_dataset(
       standardize: a name in oxe.DATASETS; AUTO: the dataset's own name, if it is there; None: the
         features as they are stored.
       fps: steps per second, in place of oxe.DATASETS; 0 where neither says it.
-      skip_unlabeled: whether episodes without an instruction are left out, told and counted.
+      skip_unlabeled: whether episodes none of whose steps has an instruction are left out, told
+        and counted.
       skip_bad: whether damaged episodes are left out, told and counted, rather than an error.
       num_workers: processes that index; 0 for one per core.
 
@@ -67,6 +70,9 @@ def open_dataset(
     )
     folder = rlds_index.make(builder, options, num_workers)
     dataset = Dataset(builder, options, folder, fps)
+    if dataset.left_features:
+        told = "; ".join(f"{name}: {why}" for name, why in dataset.left_features.items())
+        print(f"{builder.path}: features are left out, {told}", file=sys.stderr, flush=True)
     for why, episodes in dataset.left_out.items():
         print(
             f"{builder.path}: {len(episodes)} of {builder.num_episodes(split)} episodes of "
@@ -80,7 +86,7 @@ def open_dataset(
 
 
 class Dataset:
-    """A split of an RLDS dataset, made by `open_dataset`. It pickles, without its numbers.
+    """A split of an RLDS dataset, made by `open_dataset`. It pickles, without its columns.
 
     Attributes:
       path: its folder. version: of the dataset; split, standardize: as it was opened.
@@ -92,6 +98,7 @@ class Dataset:
       episode_numbers: int64 [num_episodes], their numbers in the split.
       camera_keys: features of pictures; numeric_keys: features of numbers and bools.
       left_out: {reason: numbers in the split} of episodes.
+      left_features: {feature of steps, or its path: why it is left out}.
       normalized: dimensions of the action that are normalised, () where that is not known.
     """
 
@@ -118,7 +125,7 @@ class Dataset:
         self.episode_from = self.episode_to - lengths
         self.episode_numbers = np.array(self._load("@number", np.empty(0, np.int64)))
         self.num_frames, self.num_episodes = int(lengths.sum()), len(lengths)
-        self._left = {} if standard else rlds_index.declared(builder.features)[1]
+        self.left_features = {} if standard else rlds_index.declared(builder.features)[1]
         self.features = self._declared(builder.features, standard)
         self.camera_keys = [k for k, f in self.features.items() if f["dtype"] == "image"]
         self.numeric_keys = [k for k, f in self.features.items() if f["dtype"] != "image"]
@@ -129,7 +136,8 @@ class Dataset:
     def column(self, name: str) -> np.ndarray:
         """One feature of all steps: [num_frames, *shape], or [num_frames] where shape is [1].
 
-        It lies in a file that is mapped into memory, and cannot be written to.
+        It lies in a file that is mapped into memory, and cannot be written to; but for what
+        follows from the episodes' lengths, which is computed.
 
         Raises:
           ValueError: no such feature, or one of pictures.
@@ -185,7 +193,7 @@ class Dataset:
     ) -> dict[str, dict[str, Any]]:
         """The features, as LeRobot's info.json declares them."""
         found: dict[str, dict[str, Any]] = {}
-        leaves, (paths, _) = rlds_index.per_step(tree), rlds_index.declared(tree)
+        leaves, (paths, _) = tfds.per_step(tree), rlds_index.declared(tree)
         if standard:
             paths = {
                 f"{oxe.IMAGES}{camera}": f"observation/{name}"
@@ -210,6 +218,8 @@ class Dataset:
 
     def _first_size(self, key: str) -> tuple[int, int]:
         """Of the first picture, where features.json does not say it."""
+        if not self.num_frames:
+            return 0, 0
         bounds = np.cumsum(self._index["steps"])
         shape, paths = [None, None, 3], [shard.path for shard in self._shards]
         pictures = Pictures(f"{self.path}: {key!r}", shape, paths, bounds, self._files(key))
@@ -230,8 +240,8 @@ class Dataset:
             values = self._load(name)
             one = self.features[name]["shape"] == [1]
             return values.reshape(len(values)) if one else values
-        if name in self._left:
-            raise ValueError(f"{self.path}: {name!r} is not in the index, since {self._left[name]}")
+        if why := self.left_features.get(name):
+            raise ValueError(f"{self.path}: {name!r} is not in the index, since {why}")
         if name in self.camera_keys:
             raise ValueError(f"{self.path}: {name!r} is pictures; the numbers: {self.numeric_keys}")
         near = difflib.get_close_matches(name, self.features, n=1)
@@ -352,8 +362,14 @@ class _Open:
 
 
 def _mapped(path: pathlib.Path) -> np.ndarray:
-    """An .npy file, mapped."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    """An .npy file of the index, mapped."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: no such file; the shards have changed and were indexed anew, or the cache "
+            "was emptied: open the dataset again"
+        ) from error
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

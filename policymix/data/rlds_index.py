@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,11 +21,12 @@ from policymix import files, metrics
 from policymix.data import features, oxe, tfds, tfrecord
 from policymix.data import shards as shards_lib
 
-FORMAT = 1  # of the index, and of what oxe makes of trajectories
+FORMAT = 2  # of the index, and of what oxe makes of trajectories
 INDEX = "index.json"
 _LARGEST = 256  # numbers a step: features with more are left out
 _PLACES = ("language_instruction", "natural_language_instruction", "instruction")
-UNLABELED, DAMAGED = "without an instruction", "damaged"
+UNLABELED, DAMAGED, EMPTY = "without an instruction", "damaged", "without a step"
+_MADE = ("timestamp", "frame_index", "episode_index", "index", "task_index", oxe.INSTRUCTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Options:
     Attributes:
       path: the folder of the dataset. split: of it.
       standardize: a name in oxe.DATASETS, or "" for the features as they are.
-      skip_unlabeled: whether episodes without an instruction are left out.
+      skip_unlabeled: whether episodes are left out none of whose steps has an instruction.
       skip_bad: whether damaged records are left out, rather than an error.
     """
 
@@ -71,6 +73,7 @@ class Part:
 def index_shard(task: tuple[Options, features.Tree, tfds.Shard]) -> Part:
     """The index of a shard. ValueError, OSError: it is damaged; names the episode."""
     options, tree, shard = task
+    tree = _needed(tree, bool(options.standardize))
     bad: list[tfrecord.DamagedRecord] = []
     digest, rows, sentences = hashlib.sha256(), [], {}
     left_out: dict[str, list[int]] = {}
@@ -79,12 +82,8 @@ def index_shard(task: tuple[Options, features.Tree, tfds.Shard]) -> Part:
             record.checksum.to_bytes(4, "little") + len(record.data).to_bytes(8, "little")
         )
         episode = shard.first + record.number
-        try:
-            steps, why = _steps(tree, record, shard, options)
-        except ValueError:
-            if not options.skip_bad:
-                raise
-            why = DAMAGED
+        steps, why = _steps(tree, record, shard, options)
+        del record  # so that two never lie in memory
         if why:
             left_out.setdefault(why, []).append(episode)
             continue
@@ -120,44 +119,63 @@ def _steps(
     tree: features.Tree, record: tfrecord.Record, shard: tfds.Shard, options: Options
 ) -> tuple[dict[str, np.ndarray], str]:
     """An episode as {feature: [T, ...]}, pictures as ranges of the shard's bytes, instructions as
-    bytes; or {} and why it is left out.
+    bytes, nothing of it a view of the record; or {} and why it is left out.
     """
-    episode = tfds.decode_record(tree, record, shard, "ranges")
     where = f"{shard.path}, episode {shard.first + record.number}"
-    steps = episode.get("steps", episode)
-    if options.standardize:
-        standard = oxe.find(options.standardize)
-        metadata = episode.get("episode_metadata", {})
-        try:
-            if why := standard.refuses(steps, metadata):
+    kept, _ = declared(tree)
+    try:
+        episode = tfds.decode_record(tree, record, shard, "ranges")
+        steps = tfds.nested(episode)
+        stored = {name: tfds.at(steps, path) for name, path in kept.items()}
+        length = _common_length(stored, where)
+    except ValueError:
+        if not options.skip_bad:
+            raise
+        return {}, DAMAGED
+    try:  # what is wrong from here on is not the record's damage
+        if options.standardize:
+            metadata = episode.get("episode_metadata", {})
+            if why := oxe.find(options.standardize).refuses(steps, metadata):
                 return {}, why
             found = oxe.standardize(options.standardize, steps, metadata)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    else:
-        found = _as_they_are(tree, episode)
+        else:
+            found = stored | {oxe.INSTRUCTION: _instructions(steps, episode, length)}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    length = _common_length(found, where)
+    if options.skip_unlabeled and oxe.is_unlabeled(found[oxe.INSTRUCTION]):
+        return {}, UNLABELED if length else EMPTY
+    shift = np.array([record.offset, 0])
+    return {
+        key: values + shift if key.startswith(oxe.IMAGES) else np.array(values)
+        for key, values in found.items()
+    }, ""
+
+
+def _common_length(found: dict[str, np.ndarray], where: str) -> int:
     lengths = {key: len(values) for key, values in found.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{where}: features have different numbers of steps: {lengths}")
-    if options.skip_unlabeled and oxe.is_unlabeled(found[oxe.INSTRUCTION]):
-        return {}, UNLABELED
-    for key in found:
-        if key.startswith(oxe.IMAGES):
-            found[key] = found[key] + np.array([record.offset, 0])
-    return found, ""
+    return next(iter(lengths.values()), 0)
 
 
-def per_step(tree: features.Tree) -> dict[str, features.Leaf]:
-    """{path: leaf} of what every step has: the nested dataset "steps", or, in a flat episode, the
-    sequences and the arrays whose first axis varies.
-    """
-    if "steps" in tree:
-        return {leaf.key.removeprefix("steps/"): leaf for leaf in features.leaves(tree["steps"])}
-    return {
-        leaf.key: leaf
-        for leaf in features.leaves(tree)
-        if leaf.lengths or (leaf.shape and leaf.shape[0] is None)
-    }
+def _needed(tree: features.Tree, standardized: bool) -> features.Tree:
+    """The features that an index is made of: others need not be decoded."""
+    leaves, (kept, _) = tfds.per_step(tree), declared(tree)
+    keys = {leaves[path].key for path in kept.values()}
+
+    def pruned(part: features.Tree) -> features.Tree:
+        found = {
+            name: pruned(value) if isinstance(value, dict) else value
+            for name, value in part.items()
+            if isinstance(value, dict)
+            or value.key in keys
+            or name in _PLACES
+            or (standardized and value.is_text)
+        }
+        return {name: value for name, value in found.items() if value != {}}
+
+    return pruned(tree)
 
 
 def declared(tree: features.Tree) -> tuple[dict[str, str], dict[str, str]]:
@@ -165,59 +183,57 @@ def declared(tree: features.Tree) -> tuple[dict[str, str], dict[str, str]]:
     {feature: why it is left out}).
     """
     kept, left = {}, {}
-    for path, leaf in per_step(tree).items():
+    for path, leaf in tfds.per_step(tree).items():
         name = path.replace("/", ".")
-        shape = leaf.shape if leaf.lengths else leaf.shape[1:]
         if leaf.kind == "image":
-            name = oxe.IMAGES + name.removeprefix("observation.")
-            if leaf.dtype != np.uint8 or len(leaf.lengths) > 1:
-                left[name] = f"it is a picture of {leaf.dtype}"
-                continue
-        elif leaf.dtype == object:
-            if path.rpartition("/")[2] not in _PLACES:
-                left[name] = "it is text"
+            short = oxe.IMAGES + name.removeprefix("observation.")
+            name = oxe.IMAGES + name if short in kept else short
+        if leaf.is_text and path.rpartition("/")[2] in _PLACES:
             continue
-        elif len(leaf.lengths) > 1 or None in shape:
-            left[name] = "its shape varies"
-            continue
-        elif (size := int(np.prod(shape))) > _LARGEST:
-            left[name] = f"it has {size} numbers a step, more than {_LARGEST}"
-            continue
-        kept[name] = path
+        if why := _unfit(leaf):
+            left[name] = why
+        elif name in _MADE or "@" in name:
+            left[name] = "its name is that of a column which is made here"
+        elif leaf.kind != "image" and name.startswith(oxe.IMAGES):
+            left[name] = "its name is that of pictures, and it is none"
+        elif name in kept:
+            left[path] = f"{kept[name]!r} has that name already"
+        else:
+            kept[name] = path
     return kept, left
 
 
-def _as_they_are(tree: features.Tree, episode: dict[str, Any]) -> dict[str, np.ndarray]:
-    steps = episode.get("steps", episode)
-    found = {name: _at(steps, path) for name, path in declared(tree)[0].items()}
-    if not found:
-        raise ValueError("there are no features of steps")
-    length = len(next(iter(found.values())))
-    return found | {oxe.INSTRUCTION: _instructions(steps, episode, length)}
-
-
-def _at(tree: dict[str, Any], path: str) -> Any:
-    """What is at a path; names may have "/" in them."""
-    if path in tree:
-        return tree[path]
-    for name, value in tree.items():
-        if isinstance(value, dict) and path.startswith(f"{name}/"):
-            return _at(value, path.removeprefix(f"{name}/"))
-    raise KeyError(path)
+def _unfit(leaf: features.Leaf) -> str:
+    """Why a feature of steps cannot be in an index; "" for most."""
+    shape = leaf.shape if leaf.lengths else leaf.shape[1:]
+    if leaf.kind not in features.KINDS:
+        return f"it is of the kind {leaf.kind}, which is not read"
+    if leaf.is_text:
+        return "it is text"
+    if len(leaf.lengths) > 1:
+        return "a step has a sequence of it"
+    if leaf.kind == "image":
+        return "" if leaf.dtype == np.uint8 else f"it is a picture of {leaf.dtype}"
+    if None in shape:
+        return "its shape varies"
+    size = int(np.prod(shape))
+    return f"a step has {size} numbers of it, more than {_LARGEST}" if size > _LARGEST else ""
 
 
 def _instructions(steps: dict, episode: dict, length: int) -> np.ndarray:
-    observation = steps.get("observation", {})
-    metadata = episode.get("episode_metadata", {})
-    for place in (steps, observation, episode, metadata):
+    """Of each step, b"" where there is none; a number is none, whatever it is called."""
+    odd = ""
+    for place in (steps, steps.get("observation"), episode, episode.get("episode_metadata")):
         for name in _PLACES:
             value = place.get(name) if isinstance(place, dict) else None
-            if isinstance(value, bytes):
-                value = [value] * length
-            if value is None or len(value) != length:
+            value = features.objects([value] * length) if isinstance(value, bytes) else value
+            if not isinstance(value, np.ndarray) or value.dtype.kind != "O":
                 continue
-            if all(isinstance(one, bytes) for one in value[:1]):
-                return features.objects(value)
+            if len(value) == length and all(isinstance(one, bytes) for one in value):
+                return value
+            odd = odd or f"{name!r} has {len(value)} entries for {length} steps"
+    if odd:
+        raise ValueError(f"{odd}; expected one text for the episode, or one for each step")
     return features.objects([b""] * length)
 
 
@@ -235,7 +251,9 @@ def signature(builder: tfds.Builder, options: Options) -> dict[str, Any]:
 
 
 def folder(builder: tfds.Builder, options: Options) -> pathlib.Path:
-    """Where the index lies: beside the copies of remote files, named after the options."""
+    """Where indices lie, beside the copies of remote files: named after the options, and behind
+    that after the signature, so that whoever has an index open never reads that of other shards.
+    """
     cache = files.local(os.environ.get("POLICYMIX_CACHE") or "~/.cache/policymix")
     named = json.dumps(dataclasses.asdict(options) | {"path": str(options.path)}, sort_keys=True)
     digest = hashlib.sha256(named.encode()).hexdigest()[:16]
@@ -249,20 +267,45 @@ def make(builder: tfds.Builder, options: Options, num_workers: int = 0) -> pathl
       FileNotFoundError, ValueError: a shard is missing or damaged.
       OSError: the cache cannot be written, or has no room.
     """
-    place = folder(builder, options)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with (place.parent / f"{place.name}.lock").open("a") as lock:  # the kernel lets go of it
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it now
+    if not options.standardize and not declared(builder.features)[0]:
+        raise ValueError(
+            f"{builder.path / tfds.FEATURES}: no feature of steps that can be read, found "
+            f"{[leaf.key for leaf in features.leaves(builder.features)][:20]}"
+        )
+    base = folder(builder, options)
+    with _locked(base.with_name(f"{base.name}.lock")):  # another process may be making it now
         wanted = signature(builder, options)
+        said = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+        place = base.with_name(f"{base.name}-{said}")
         if not _is_made(place, wanted):
             with files.whole_directory(place, overwrite=True) as partial:
                 _write(partial, builder, options, wanted, num_workers)
+            for old in base.parent.glob(f"{base.name}-*"):
+                if old != place:
+                    files.remove(old)
     return place
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a")
+    except OSError as error:
+        raise type(error)(
+            f"{path.parent}: the index of a dataset cannot be written there "
+            f"({files.reason(error)}); set POLICYMIX_CACHE to a folder where it can"
+        ) from error
+    with lock:  # the kernel lets go of it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _is_made(place: pathlib.Path, wanted: dict[str, Any]) -> bool:
     try:
-        return files.read_json(place / INDEX)["signature"] == wanted
+        index = files.read_json(place / INDEX)
+        sizes = {name: (place / name).stat().st_size for name in index["sizes"]}
+        return index["signature"] == wanted and index["sizes"] == sizes
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -305,6 +348,7 @@ def _write(
     content = {
         "signature": wanted,
         "columns": names,
+        "sizes": {name: (partial / name).stat().st_size for name in names.values()},
         "steps": steps_of,
         "tasks": list(tasks_of),
         "left_out": left_out,

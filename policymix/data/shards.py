@@ -59,8 +59,9 @@ def _answer(connection: connections.Connection, process: Any) -> tuple[bool, Any
     try:
         return connection.recv()
     except (EOFError, OSError):
-        message = f"a process that reads shards {processes.end(process)}; try fewer workers"
-        return False, ("OSError", message, "")
+        how = processes.end(process)
+        advice = "; try fewer workers" if "SIGKILL" in how else ""
+        return False, ("OSError", f"a process that reads shards {how}{advice}", "")
 
 
 def serve(connection: connections.Connection) -> None:
@@ -68,10 +69,9 @@ def serve(connection: connections.Connection) -> None:
     while True:
         try:
             function, task = connection.recv()
+            try:
+                connection.send((True, function(task)))
+            except BaseException as error:  # someone waits for the answer
+                connection.send((False, processes.packed(error)))
         except (EOFError, OSError):
             os._exit(1)
-        try:
-            answer = True, function(task)
-        except BaseException as error:  # someone waits for the answer
-            answer = False, processes.packed(error)
-        connection.send(answer)

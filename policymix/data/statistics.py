@@ -12,6 +12,7 @@ import numpy as np
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 MOMENTS = ("min", "max", "mean", "std", "count")
 NAMES = (*MOMENTS, *_QUANTILES)
+_BYTE = 255  # what a byte holds, and what it is divided by
 _LARGE, _TARGET = 300, 150  # sides in pixels: from _LARGE on pictures are thinned towards _TARGET
 
 
@@ -73,7 +74,10 @@ def of_histogram(counts: np.ndarray, num_images: int) -> dict[str, np.ndarray]:
 def of_pictures(stats: Mapping[str, Any], where: str) -> dict[str, np.ndarray] | None:
     """Stored statistics of a feature of pictures: {name: [3, 1, 1]}, "count" [1]; quantiles only if
     all are there. None where they are worth nothing: some are missing, or the deviation is zero
-    between different values, as LeRobot 0.4 wrote it.
+    between different values, or may be what LeRobot 0.4 made of it. That squared pictures in bytes,
+    so that what it took for the mean of x² is at most 255: deviations with s² + m² <= 255 / 255²
+    are believed only where no value is above 15, whose squares fit into a byte. They may be right,
+    of dark pictures.
 
     Raises:
       ValueError: says `where` they have another shape, or are not finite.
@@ -90,6 +94,10 @@ def of_pictures(stats: Mapping[str, Any], where: str) -> dict[str, np.ndarray] |
                 f"shape {list(shape)}"
             )
     if ((found["std"] == 0) & (found["min"] != found["max"])).any() or found["count"][0] < 1:
+        return None
+    squares = found["std"] ** 2.0 + found["mean"] ** 2.0
+    overflows = found["max"] * _BYTE > 15.5
+    if (overflows & (squares <= (1 + 1e-6) / _BYTE) & (found["min"] != found["max"])).any():
         return None
     return found
 
@@ -120,3 +128,40 @@ def aggregate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray
             values = [part[name] for part in parts]
             found[name] = np.min(values, axis=0) if q <= 0.5 else np.max(values, axis=0)
     return found
+
+
+class Pictures:
+    """What is known of an episode's pictures: how often each value occurs in the sampled ones,
+    int64 [3, 256], and their number; or only the
+    """
+
+    def __init__(self, counts=None, num_images: int = 0, known: dict | None = None):
+        self.counts, self.num_images, self._known = counts, num_images, known
+
+    def stats(self) -> dict[str, np.ndarray]:
+        if self._known is not None:
+            return self._known
+        return of_histogram(self.counts, self.num_images)
+
+
+class Total:
+    """What is known of all episodes' pictures, as sums: those that were counted, exactly, and
+    those of which only statistics were given.
+    """
+
+    def __init__(self):
+        self._parts: list[Pictures | None] = [None, None]  # counted, given
+
+    def add(self, one: Pictures) -> None:
+        given = one.counts is None
+        if (before := self._parts[given]) is None:
+            self._parts[given] = one
+        elif given:
+            self._parts[given] = Pictures(known=aggregate([before.stats(), one.stats()]))
+        else:
+            total = before.num_images + one.num_images
+            self._parts[given] = Pictures(before.counts + one.counts, total)
+
+    def stats(self) -> dict[str, np.ndarray]:
+        parts = [part.stats() for part in self._parts if part is not None]
+        return aggregate(parts) if self._parts[1] is not None else parts[0]

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from policymix import files
 VERSIONS = ("v2.0", "v2.1", "v3.0")  # of LeRobot's datasets
 AGAIN = "copy or download the dataset again"
 _THREADS = min(8, os.cpu_count() or 1)  # readers let go of Python's lock
+_LARGEST = 2**53  # that numbers in JSON are exact to
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _FIELD = re.compile(r"\{(\w+)(?::0?\d{0,2}d)?\}")
 
@@ -73,9 +74,12 @@ def rows(
     """The rows of a table in parquet or JSON lines, with at least the columns `needed`."""
     if path.suffix == ".parquet":
         return read(path, needed, optional).to_pylist()
+    return list(_lines(path, needed))
+
+
+def _lines(path: pathlib.Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {AGAIN}")
-    found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
@@ -84,8 +88,7 @@ def rows(
                 raise ValueError(f"{path}, line {number}, is not JSON ({error}); {AGAIN}") from None
             if not isinstance(row, dict) or any(key not in row for key in needed):
                 raise ValueError(f"{path}, line {number}: expected {needed}, found {row!r}")
-            found.append(row)
-    return found
+            yield row
 
 
 def num_rows(paths: Sequence[pathlib.Path]) -> dict[pathlib.Path, int]:
@@ -164,7 +167,7 @@ def to_numpy(
       [rows, *declared], or [rows] where one value is declared as [1]; text is of dtype object.
 
     Raises:
-      ValueError: empty values, or a shape or type that contradicts what is declared.
+      ValueError: empty values, or a shape, type or number that contradicts what is declared.
     """
     array, shape = column.combine_chunks(), []
     while True:
@@ -185,8 +188,23 @@ def to_numpy(
     if text != (dtype is None) or not np.can_cast(values.dtype, dtype or object, "same_kind"):
         expected = "string" if dtype is None else dtype
         raise ValueError(f"{where} holds {array.type}, info.json declares {expected}")
-    values = values.astype(dtype or object)
+    values = _fitting(values, dtype, where) if dtype else values.astype(object)
     return values.reshape(len(column), *([] if list(declared) == [1] else declared))
+
+
+def _fitting(values: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """Numbers as `dtype`. ValueError where one is too large for it, which numpy would wrap."""
+    with np.errstate(over="ignore"):  # told below
+        found = values.astype(dtype)
+    if values.dtype == dtype:
+        return found
+    wrong = np.isinf(found) & np.isfinite(values) if dtype.kind == "f" else found != values
+    if wrong.any():
+        raise ValueError(
+            f"{where} holds {values[wrong][0]}, which does not fit into {dtype}, as info.json "
+            "declares it; declare a wider dtype there"
+        )
+    return found
 
 
 def read_info(path: pathlib.Path) -> dict:
@@ -200,14 +218,25 @@ def read_info(path: pathlib.Path) -> dict:
             f"{path}: codebase_version is {info['codebase_version']!r}, expected one of "
             f"{', '.join(VERSIONS)}; convert the dataset with LeRobot's own scripts"
         )
-    for key in ("fps", "total_frames", "total_episodes"):
-        value = info[key]
-        if type(value) not in (int, float) or value != value // 1 or value < 1:
-            raise ValueError(f"{path}: {key} is {value!r}, expected a whole number, 1 or more")
+    for key in ("fps", "total_frames", "total_episodes", "chunks_size"):
+        value = info[key] if key in needed else info.get(key) or 1  # none is the default
+        if type(value) not in (int, float) or not 1 <= value <= _LARGEST or value != value // 1:
+            raise ValueError(
+                f"{path}: {key} is {files.reason(repr(value))}, expected a whole number, 1 or more"
+            )
     features = info["features"] if isinstance(info["features"], dict) else {"?": info["features"]}
     for key, feature in features.items():
         if not isinstance(feature, dict) or not {"dtype", "shape"} <= feature.keys():
             raise ValueError(f"{path}: feature {key!r} needs dtype and shape, found {feature!r}")
+        dtype, shape = feature["dtype"], feature["shape"]
+        whole = isinstance(shape, list) and all(
+            type(n) in (int, float) and 0 <= n <= _LARGEST and n == n // 1 for n in shape
+        )
+        if not isinstance(dtype, str) or not whole:
+            raise ValueError(
+                f"{path}: feature {key!r} has dtype {dtype!r} and shape {shape!r}, expected a text "
+                "and a list of whole numbers"
+            )
     return info
 
 
@@ -240,25 +269,28 @@ def episodes(
 
 
 def episode_stats(
-    table: Sequence[pathlib.Path],
+    table: Sequence[pathlib.Path], keys: Container[str] | None = None
 ) -> list[dict[str, dict[str, np.ndarray]]] | None:
     """{feature: {stat: array}} of every episode of a LeRobot dataset, None where it has none.
 
     Args:
       table: the files of the episode table; v2.1 has a table of statistics beside it.
+      keys: the features that are wanted, None: all. Those of all take much memory.
     """
     if table[0].suffix != ".parquet":
         beside = table[0].with_name("episodes_stats.jsonl")
         if not beside.is_file():
             return None
-        named = [row["stats"] for row in episodes([beside], ["stats"])]
-        return [
-            {key: {s: np.asarray(v) for s, v in stats.items()} for key, stats in row.items()}
-            for row in named
+        told = [
+            {"episode_index": row["episode_index"], "stats": _stats_of(row["stats"], keys)}
+            for row in _lines(beside, ["episode_index", "stats"])
         ]
+        return [row["stats"] for row in _in_order(told, "episode_index", beside)]
     columns = [name for name in column_names(table[0]) if name.startswith("stats/")]
     if not columns:
         return None
+    if keys is not None:
+        columns = [name for name in columns if name[len("stats/") :].rpartition("/")[0] in keys]
     found = []
     for row in episodes(table, columns):
         found.append({})
@@ -267,6 +299,14 @@ def episode_stats(
             if row[name] is not None:
                 found[-1].setdefault(key, {})[stat] = np.asarray(row[name])
     return found
+
+
+def _stats_of(row: Mapping[str, Any], keys: Container[str] | None) -> dict[str, dict]:
+    return {
+        key: {name: np.asarray(value) for name, value in stats.items()}
+        for key, stats in row.items()
+        if keys is None or key in keys
+    }
 
 
 def _in_order(table: list[dict], key: str, path: pathlib.Path) -> list[dict]:

@@ -51,7 +51,8 @@ class Builder:
       path: its folder, or one that has only it below.
 
     Attributes:
-      path: the folder with dataset_info.json; name, version: as it says.
+      path: the folder with dataset_info.json; name, config, version: as it says, "" where it does
+        not.
       features: {name: Leaf or the same again}, as features.json declares.
       splits: {split: its shards}.
 
@@ -71,7 +72,8 @@ class Builder:
             )
         self.path = folder
         self.info = _read_info(folder / INFO)
-        self.name, self.version = self.info["name"], self.info.get("version", "")
+        self.name, self.version = self.info["name"], str(self.info.get("version") or "")
+        self.config = self.info.get("configName") or ""
         self.features = features.read_features(folder / FEATURES)
         self.splits = {split["name"]: _shards(self, split) for split in self.info["splits"]}
 
@@ -102,7 +104,8 @@ class Builder:
         Yields:
           Nested dicts as tfds' `as_numpy` gives them: {"steps": {"observation": {…}, "action":
           [T, …], …}, "episode_metadata": {…}} of the declared dtypes, text as bytes, where the
-          steps of a nested dataset are arrays with a leading axis [T].
+          steps of a nested dataset are arrays with a leading axis [T]. Features of kinds that
+          are not read are left out.
 
         Raises:
           FileNotFoundError, ValueError: a shard is missing, damaged, or has another number of
@@ -122,11 +125,12 @@ class Builder:
 def decode_record(
     tree: features.Tree, record: tfrecord.Record, shard: Shard, pictures: str = "pixels"
 ) -> dict[str, Any]:
-    """An episode as `Builder.episodes` yields it; `pictures` as for features.decode. ValueError
-    names file and episode.
+    """An episode as `Builder.episodes` yields it, of features in `tree` alone; `pictures` as for
+    features.decode. ValueError names file and episode.
     """
     try:
-        return _decode(tree, examples.parse(record.data), pictures)
+        keys = {leaf.key for leaf in features.leaves(tree)}
+        return _decode(tree, examples.parse(record.data, keys), pictures)
     except ValueError as error:
         raise ValueError(f"{shard.path}, episode {shard.first + record.number}: {error}") from error
 
@@ -137,7 +141,36 @@ def _decode(tree: features.Tree, example: dict, pictures: str) -> dict[str, Any]
         if isinstance(value, dict)
         else features.decode(value, example, pictures=pictures)
         for name, value in tree.items()
+        if isinstance(value, dict) or value.kind in features.KINDS
     }
+
+
+def nested(tree: dict[str, Any]) -> dict[str, Any]:
+    """What each step has: the nested dataset "steps", or a flat episode itself."""
+    return tree["steps"] if isinstance(tree.get("steps"), dict) else tree
+
+
+def per_step(tree: features.Tree) -> dict[str, features.Leaf]:
+    """{path in `nested`: leaf} of what every step has: of a flat episode, the sequences and the
+    arrays whose first axis varies.
+    """
+    if nested(tree) is not tree:
+        return {leaf.key.removeprefix("steps/"): leaf for leaf in features.leaves(tree["steps"])}
+    return {
+        leaf.key: leaf
+        for leaf in features.leaves(tree)
+        if leaf.lengths or (leaf.kind == "tensor" and leaf.shape[:1] == (None,))
+    }
+
+
+def at(tree: dict[str, Any], path: str) -> Any:
+    """What is at a path; names may have "/" in them."""
+    if path in tree:
+        return tree[path]
+    for name, value in tree.items():
+        if isinstance(value, dict) and path.startswith(f"{name}/"):
+            return at(value, path.removeprefix(f"{name}/"))
+    raise KeyError(path)
 
 
 def records(
@@ -172,8 +205,18 @@ def records(
 
 def _read_info(path: pathlib.Path) -> dict[str, Any]:
     info = files.read_json(path)
-    if not isinstance(info, dict) or not info.get("name") or not info.get("splits"):
+    splits = info.get("splits") if isinstance(info, dict) else None
+    named = isinstance(splits, list) and all(isinstance(one, dict) for one in splits)
+    if not named or not splits:
         raise ValueError(f"{path}: expected name and splits, found {str(info)[:200]}; {_AGAIN}")
+    optional = [info[key] for key in ("version", "configName") if info.get(key)]
+    for name in (info.get("name"), *(split.get("name") for split in splits), *optional):
+        # They are parts of paths.
+        if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) and name.strip(".")):
+            raise ValueError(
+                f"{path}: {name!r} is no name of a dataset, configuration, version or split: "
+                f"expected letters, digits, '_', '-' and '.'; {_AGAIN}"
+            )
     form = info.get("fileFormat") or "tfrecord"
     if form != "tfrecord":
         raise ValueError(

@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 from policymix import files
+from policymix.data import videos
 
 os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder prints a page for every video otherwise
 
@@ -30,7 +31,7 @@ CODECS = tuple(_ENCODERS)
 _SAME_COLOURS = (2, 5, 6)  # colour matrices: not said, and the two names of what is assumed then
 _FULL_RANGE = 2
 _IDR = 5  # the type of H.264's unit behind which nothing looks back
-_OPEN_FILES = 16
+OPEN_FILES = 16  # that `Sources` keeps
 _AGAIN = "copy or download the video again"
 
 
@@ -77,14 +78,16 @@ class Segment:
     """The packets of an episode's frames, 0.. in the order of display, with what decodes them.
 
     Attributes:
-      num_frames: how many; size: bytes of all packets.
+      num_frames: how many; size: bytes of all packets; copied: whether they are a clip's own.
       delay: by how many frames decoding must run ahead of display (0 without B-frames).
       parameters: segments that agree in these can follow one another in a file.
     """
 
-    def __init__(self, container, stream, packets: list[av.Packet], places: list[int]):
+    def __init__(
+        self, container, stream, packets: list[av.Packet], places: list[int], copied: bool
+    ):
         self._container = container  # the stream and its packets live no longer than this
-        self.stream, self.packets, self.places = stream, packets, places
+        self.stream, self.packets, self.places, self.copied = stream, packets, places, copied
         self.num_frames = len(packets)
         self.size = sum(packet.size for packet in packets)
         self.delay = max(order - place for order, place in enumerate(places))
@@ -158,7 +161,7 @@ class Sources:
     def keep(self, clip: Clip, container: Any) -> None:
         """Gives back what was taken, if nothing went wrong with it."""
         self._idle[str(clip.path)] = container
-        if len(self._idle) > _OPEN_FILES:  # it is closed once its last segment is gone
+        if len(self._idle) > OPEN_FILES:  # it is closed once its last segment is gone
             self._idle.pop(next(iter(self._idle)), None)
 
 
@@ -219,6 +222,11 @@ def _checked_stream(container, clip: Clip, target: Format, where: str) -> Any:
     if not container.streams.video:
         raise ValueError(f"{where}: {clip.path} holds no video; {_AGAIN}")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError(
+            f"{where}: {clip.path} is cut off, or of a codec that PyAV has no decoder for here; "
+            f"{_AGAIN}, or encode it as AV1 or H.264"
+        )
     found = [stream.codec_context.height, stream.codec_context.width]
     if found != [target.height, target.width]:
         raise ValueError(
@@ -251,13 +259,15 @@ def _packets(
                 return
             if packet.is_corrupt or packet.pts is None:
                 raise ValueError(f"{where}: {clip.path} is damaged or truncated; {_AGAIN}")
-            exact = packet.pts * tick
-            if abs(exact - round(exact)) > 0.25:
+            number = round(packet.pts * tick)
+            off = abs(packet.pts - round(number / tick)) * float(stream.time_base)
+            if off > videos.TOLERANCE_S:  # as the reader, so that both take the same videos
                 raise ValueError(
                     f"{where}: {clip.path} has a frame at {packet.pts * float(stream.time_base)} "
-                    f"s, which is no multiple of 1/{clip.fps} s; give the clip the video's fps"
+                    f"s, which is no multiple of 1/{clip.fps} s (within {videos.TOLERANCE_S} s); "
+                    "give the clip the video's fps, or encode it at a constant rate"
                 )
-            yield round(exact), packet
+            yield number, packet
             packet = next(packets)
     except (av.FFmpegError, StopIteration) as error:
         raise _unreadable(clip, where, error) from error
@@ -284,7 +294,7 @@ def _cut(container, stream, clip: Clip, where: str) -> Segment | None:
         places.append(number - clip.first_frame)
     if sorted(places) != list(range(clip.num_frames)):
         return None
-    return Segment(container, stream, packets, places)
+    return Segment(container, stream, packets, places, copied=True)
 
 
 def _starts_anew(stream, packet: av.Packet) -> bool:
@@ -364,7 +374,8 @@ def _encoded(frames: Iterator[av.VideoFrame], target: Format, where: str) -> Seg
     if len(packets) != given:
         raise ValueError(f"{where}: the encoder {name} made {len(packets)} of {given} frames")
     tick = float(stream.time_base) * target.fps
-    return Segment(container, stream, packets, [round(packet.pts * tick) for packet in packets])
+    places = [round(packet.pts * tick) for packet in packets]
+    return Segment(container, stream, packets, places, copied=False)
 
 
 def _neutral(frame: av.VideoFrame) -> av.VideoFrame:

@@ -200,11 +200,13 @@ class Reader:
         if not self._container.streams.video:
             raise ValueError(f"{self.path} holds no video; {_AGAIN}")
         stream = self._container.streams.video[0]
+        entries = stream.index_entries
+        if not len(entries):
+            raise ValueError(f"{self.path}: the video is cut off before its index ends; {_AGAIN}")
         if stream.codec_context is None:
             raise ValueError(
                 f"{self.path}: PyAV has no decoder for it here; encode it as AV1 or H.264"
             )
-        entries = stream.index_entries
         size = self.path.stat().st_size
         if len(entries) and entries[-1].pos + entries[-1].size > size:
             raise ValueError(

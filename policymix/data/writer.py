@@ -7,6 +7,8 @@ bytes.
 
 import concurrent.futures
 import dataclasses
+import json
+import numbers
 import os
 import pathlib
 import sys
@@ -67,11 +69,11 @@ class Writer:
         chunks_size: int = 1000,
     ):
         self.path = files.local(path)
-        if fps != int(fps) or fps < 1 or chunks_size < 1:
-            raise ValueError(
-                f"{self.path}: fps and chunks_size are whole numbers, 1 or more; got {fps=}, "
-                f"{chunks_size=}"
-            )
+        for name, value in {"fps": fps, "chunks_size": chunks_size}.items():
+            if not isinstance(value, numbers.Real) or not value >= 1 or value % 1:
+                raise ValueError(
+                    f"{self.path}: {name} is {value!r}; expected a whole number, 1 or more"
+                )
         if version not in VERSIONS or codec not in video_files.CODECS:
             raise ValueError(
                 f"{self.path}: version is one of {', '.join(VERSIONS)} and codec one of "
@@ -83,16 +85,20 @@ class Writer:
         self._given = {name: dict(feature) for name, feature in features.items()}
         for name, feature in self._given.items():
             columns.check_feature(name, feature, str(self.path))
+            feature["shape"] = [int(n) for n in feature["shape"]]
             if name in AUTOMATIC:
                 raise ValueError(f"{self.path}: {name!r} is written by itself; leave it out")
+            _check_json({name: feature}, f"{self.path}: feature {name!r}")
             if feature["dtype"] == "video":
                 feature.pop("video_info", None)  # of older datasets
                 feature["info"] = self._format(name).info()
+        _check_json(robot_type, f"{self.path}: robot_type")
+        _check_json(self._limits, f"{self.path}: the size of files")
         self.features = self._given | AUTOMATIC
         self._cameras = [k for k, f in self._given.items() if f["dtype"] in columns.PICTURES]
         self._tasks: dict[str, int] = {}
         self._num_episodes = self._num_frames = 0
-        self._pictures: dict[str, list[_Pictures]] = {name: [] for name in self._cameras}
+        self._pictures = {name: statistics.Total() for name in self._cameras}
         self._sources = video_files.Sources()
         self._failed = False
 
@@ -194,7 +200,7 @@ class Writer:
             self._failed = True
             raise
         for name, one in prepared.counted.items():
-            self._pictures[name].append(one)
+            self._pictures[name].add(one)
         self._num_episodes += 1
         self._num_frames += length
 
@@ -230,7 +236,7 @@ class Writer:
     def _encoded(self, values: Mapping[str, Any], known: Mapping, where: str) -> tuple[dict, dict]:
         """({camera: its statistics}, {video: its segment}), all cameras at once."""
 
-        def encode(name: str) -> tuple["_Pictures", video_files.Segment | None]:
+        def encode(name: str) -> tuple[statistics.Pictures, video_files.Segment | None]:
             place, taken = f"{where}: {name!r}", None
             read = _reader(values[name], self._given[name], place)
             if self._given[name]["dtype"] == "video":
@@ -239,14 +245,14 @@ class Writer:
                     taken = (read(np.array([frame]))[0] for frame in range(len(values[name])))
                 taken = video_files.segment(taken, self._format(name), place, self._sources)
             if known.get(name) is not None:
-                return _Pictures(known=known[name]), taken
+                return statistics.Pictures(known=known[name]), taken
             sampled = statistics.sampled(len(values[name]))
             blocks = np.array_split(sampled, -(-len(sampled) // _BLOCK))
             if isinstance(values[name], video_files.Clip):  # its reader is for one thread
                 counts = [_count(read(block)) for block in blocks]
             else:
                 counts = list(self._pool.map(lambda block: _count(read(block)), blocks))
-            return _Pictures(sum(counts), len(sampled)), taken
+            return statistics.Pictures(sum(counts), len(sampled)), taken
 
         found = dict(zip(self._cameras, self._camera_pool.map(encode, self._cameras), strict=True))
         segments = {name: taken for name, (_, taken) in found.items() if taken is not None}
@@ -279,7 +285,7 @@ class Writer:
     def _stats(self) -> dict[str, dict[str, np.ndarray]]:
         """Of all frames; numbers are read back from the data files, one feature at a time."""
         return {
-            name: _pooled(self._pictures[name])
+            name: self._pictures[name].stats()
             if name in self._pictures
             else statistics.of_numbers(self._layout.column(name))
             for name, feature in self.features.items()
@@ -301,31 +307,9 @@ class Prepared:
     length: int
     sentences: list[str]
     values: dict[str, Any]
-    counted: dict[str, "_Pictures"]
+    counted: dict[str, statistics.Pictures]
     segments: dict[str, video_files.Segment]
     stats: dict[str, dict[str, np.ndarray]]
-
-
-class _Pictures:
-    """What is known of an episode's pictures: how often each value occurs in the sampled ones,
-    int64 [3, 256], and their number; or only the statistics.
-    """
-
-    def __init__(self, counts=None, num_images: int = 0, known: dict | None = None):
-        self.counts, self.num_images, self._known = counts, num_images, known
-
-    def stats(self) -> dict[str, np.ndarray]:
-        if self._known is not None:
-            return self._known
-        return statistics.of_histogram(self.counts, self.num_images)
-
-
-def _pooled(episodes: list[_Pictures]) -> dict[str, np.ndarray]:
-    """Statistics of all episodes' pictures: exact, unless those of an episode were only given."""
-    if any(episode.counts is None for episode in episodes):
-        return statistics.aggregate([episode.stats() for episode in episodes])
-    counts = sum(episode.counts for episode in episodes)
-    return statistics.of_histogram(counts, sum(episode.num_images for episode in episodes))
 
 
 def _count(images: np.ndarray) -> np.ndarray:
@@ -354,6 +338,17 @@ def _reader(values: Any, feature: Mapping[str, Any], where: str) -> Callable:
     return read
 
 
+def _check_json(value: Any, where: str) -> None:
+    """ValueError for what info.json cannot hold."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{where} is {files.reason(repr(value))}, which JSON has no words for "
+            f"({files.reason(error)})"
+        ) from error
+
+
 def _is_dataset(path) -> bool:
     return (path / "meta" / "info.json").is_file()
 
@@ -366,4 +361,6 @@ def _checked_tasks(task: str | Sequence[str], length: int, where: str) -> list[s
             f"{where}: task is one text, or {length} of them, one per frame; got "
             f"{len(sentences)}: {sentences[:3]}"
         )
+    for sentence in set(sentences):
+        columns.check_text(sentence, f"{where}: task")
     return sentences

@@ -19,7 +19,7 @@ from policymix import files, hub, memory, metrics
 from policymix.checkpoints import assets, copies, jobs, outputs, provenance, store
 from policymix.checkpoints.leaves import Leaf
 from policymix.models import pi0, recognize
-from policymix.runs import policies
+from policymix.runs import metadata, policies
 from policymix.runs.policy_files import PolicyFiles
 from policymix.transforms.normalize import Stats
 
@@ -52,6 +52,7 @@ def convert(config: ml_collections.ConfigDict, request: Request) -> dict[str, An
       ValueError, OSError: bad input; one clear message, and no output.
     """
     _check_request(request)
+    config = metadata.complete(config, checkpoint=request.checkpoint)
     plan = _plan(config, request)
     print("\n".join(plan.lines()))
     if request.dry_run:

@@ -31,7 +31,7 @@ def dump(
     if num_batches < 1:
         raise ValueError(f"--num_batches is {num_batches}; at least 1 is needed")
     files.check_output(output, overwrite=overwrite, ours=pathlib.Path.is_file)
-    config = metadata.complete(config)
+    config = metadata.complete(config, rate=True)
     model = policies.model_config(config, why="a validation file")
     pipeline = pipeline_lib.Pipeline(config, model)
     if len(pipeline.sources) > 1:

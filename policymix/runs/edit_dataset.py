@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from policymix import files
-from policymix.data import lerobot, writer
+from policymix.data import lerobot
 from policymix.runs import episodes, label_rewards
 
 _COPIES = ("version", "pictures", "codec")
@@ -31,14 +31,15 @@ class Request:
     Attributes:
       version: "v3.0" or "v2.1"; pictures: "image" or "video"; codec: "av1" or "h264"; each as the
         first source where empty.
-      episodes: "3,5:8", to be deleted, or to be successes of reward="success_at_end".
+      episodes: "3,5:8", to be deleted, or to be successes of reward="success_at_end"; "" is none,
+        None as if it were not mentioned.
       reward, feature: as `label_rewards.rewards` and `label_rewards.name`.
     """
 
     version: str = ""
     pictures: str = ""
     codec: str = ""
-    episodes: str = ""
+    episodes: str | None = None
     reward: str = ""
     feature: str = ""
 
@@ -72,19 +73,19 @@ def run(
     """
     request = request or Request()
     given = [name for name, value in dataclasses.asdict(request).items() if value]
+    given += ["episodes"] * (request.episodes == "")
     check_operation(operation, sources, given)
     if operation not in OPERATIONS:
         raise ValueError(f"{operation} reads another format; call runs.{operation}.run")
     paths, output = [files.local(source) for source in sources], files.local(output)
     datasets = [lerobot.open_dataset(p, empty_episodes=operation == "delete") for p in paths]
-    target = episodes.target(
-        datasets[0], version=request.version, pictures=request.pictures, codec=request.codec
-    )
-    for other in datasets[1:]:
-        _check_alike(datasets[0], other)
+    asked = {name: getattr(request, name) for name in _COPIES}
+    target, *others = [episodes.target(dataset, **asked) for dataset in datasets]
+    for path, other in zip(paths[1:], others, strict=True):
+        _check_alike(paths[0], target, path, other)
     jobs = [(dataset, n) for dataset in datasets for n in range(dataset.num_episodes)]
     if operation == "delete":
-        jobs = _kept(datasets[0], request.episodes)
+        jobs = _kept(datasets[0], request.episodes or "")
     elif operation == "recompute_stats":
         target = dataclasses.replace(target, keep_stats=False)
     elif operation == "label_rewards":
@@ -150,32 +151,30 @@ def _labelled(
     target: episodes.Target, dataset: lerobot.Dataset, request: Request
 ) -> episodes.Target:
     name = label_rewards.name(dataset, request.feature)
-    successes = episodes.chosen(request.episodes, dataset) if request.episodes else None
+    told = request.episodes
+    successes = None if told is None else episodes.chosen(told, dataset)
     values = label_rewards.rewards(dataset, request.reward, successes)
     label_rewards.say(dataset, values, name)
     features = target.features | {name: dict(label_rewards.FEATURE)}
     return dataclasses.replace(target, features=features, replaced={name: values})
 
 
-def _check_alike(first: lerobot.Dataset, other: lerobot.Dataset) -> None:
-    """ValueError unless two datasets can be one: the same robot, fps and features."""
+def _check_alike(
+    first: pathlib.Path, ours: episodes.Target, other: pathlib.Path, theirs: episodes.Target
+) -> None:
+    """ValueError unless copies of two datasets can be one: the same robot, fps and features."""
 
-    def said(dataset: lerobot.Dataset) -> dict:
-        features = {
-            f"feature {name!r}": {
-                key: v for key, v in feature.items() if key not in episodes.ENCODING
-            }
-            for name, feature in dataset.features.items()
-            if name not in writer.AUTOMATIC
-        }
-        return {"fps": dataset.fps, "robot_type": dataset.info.get("robot_type")} | features
+    def said(target: episodes.Target) -> dict:
+        features = {f"feature {name!r}": feature for name, feature in target.features.items()}
+        return {"fps": target.fps, "robot_type": target.robot_type} | features
 
-    ours, theirs = said(first), said(other)
+    ours, theirs = said(ours), said(theirs)
     for name in dict.fromkeys([*ours, *theirs]):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
-                f"{other.path} does not fit {first.path}: {name} is {theirs.get(name)}, and "
-                f"{ours.get(name)} there; merge datasets of one robot"
+                f"{other} does not fit {first}: {name} is {theirs.get(name)}, and "
+                f"{ours.get(name)} there; merge datasets of one robot, with pictures given where "
+                "one has images and the other videos"
             )
 
 

@@ -45,9 +45,6 @@ def wiring(data: ml_collections.ConfigDict) -> Wiring:
     """ValueError for a robot that has no table, or fields that say what cannot be."""
     robot = robots.find(data.robot) if data.robot else None
     relative = _relative(data.delta_actions, robot)
-    steps = [robot.adapter] if robot and robot.adapted and robot.adapter else []
-    if any(relative):
-        steps.append(compose.DeltaActions(relative))
     named = {camera: feature for camera, feature in data.cameras.items() if feature}
     if robot:
         named = dict.fromkeys(data.cameras, ABSENT) | dict(robot.cameras) | named
@@ -55,7 +52,7 @@ def wiring(data: ml_collections.ConfigDict) -> Wiring:
         state_keys=_keys(data.state_key, robot.state if robot else (_STATE,)),
         action_keys=_keys(data.action_key, (robot.action,) if robot else (_ACTION,)),
         cameras=named,
-        adapt=compose.chain(steps),
+        adapt=robots.adaptation(robot, relative, data.adapt),
         relative=any(relative),
         scheme=data.normalization or (robot.scheme if robot else "") or "mean_std",
         masks=robot.normalized if robot else {},

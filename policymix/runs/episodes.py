@@ -12,23 +12,22 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-import threading
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import av
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from policymix import metrics, processes
-from policymix.data import columns, lerobot, pictures, statistics, tables, video_files, writer
-from policymix.runs import records
+from policymix.data import columns, lerobot, pictures, statistics, video_files, writer
+from policymix.runs import records, rows
 
 Episodes = Sequence[tuple[lerobot.Dataset, int]]
 
 PICTURES = columns.PICTURES
 ENCODING = ("info", "video_info", "fps")  # of a feature: how it is stored, not what it is
+_OPEN_FILES = 64  # beside those that each output takes
 _DECODED = 64  # frames of a video that are decoded at a time
 _PER_PIXEL = {"image": 1.5, "video": 0.2}  # bytes that newly packed pictures take at most, usually
 
@@ -147,8 +146,9 @@ def say(target: Target, episodes: Episodes, name: str) -> None:
     for key, feature in target.features.items():
         if feature["dtype"] in PICTURES:
             anew = any(_is_packed_anew(target, dataset, key) for dataset in sources)
-            kind = target.codec if feature["dtype"] == "video" else "pictures"
-            said += f"; {key}: {kind}, {'encoded anew' if anew else 'copied'}"
+            film = feature["dtype"] == "video"
+            how = "encoded anew" if anew else "copied where possible" if film else "copied"
+            said += f"; {key}: {target.codec if film else 'pictures'}, {how}"
     print(said)
 
 
@@ -163,7 +163,8 @@ def copy(
     """Writes a dataset of episodes into each folder of `outputs`, all in one pass.
 
     Within an output the episodes of one source ascend, and sources follow one another. Files
-    `record.csv` go with their episodes (`records.write`).
+    `record.csv` go with their episodes (`records.write`). It is said how many episodes of a video
+    could not be copied.
 
     Args:
       what: what progress is called.
@@ -173,6 +174,7 @@ def copy(
       ValueError, OSError: a source that is damaged, by file and episode; a disk without room.
     """
     jobs = _in_order(outputs)
+    _check_open_files(target, outputs)
     workers = num_workers or min(8, processes.num_cores())
     if workers < 1:
         raise ValueError(f"num_workers is {workers}; expected 1 or more, or 0 for one per core")
@@ -187,6 +189,7 @@ def copy(
                 arrays, tasks, stats = readers[dataset].read(episode)
                 return writers[path].prepare(arrays, tasks, stats, number)
 
+        anew: collections.Counter = collections.Counter()
         numbers = {path: itertools.count() for path in outputs}
         numbered = [(next(numbers[job[0]]), job) for job in jobs]
         prepared = processes.ahead(pool, prepare, numbered, workers)
@@ -196,9 +199,27 @@ def copy(
                 ready = next(prepared)
                 with _naming(dataset, episode, writers[path].path):
                     writers[path].add(ready)
+                anew.update((path, k) for k, found in ready.segments.items() if not found.copied)
                 shown.step()
         for path, episodes in outputs.items():
             records.write(writers[path].folder / "meta", episodes)
+        for (path, name), count in anew.items():
+            print(f"{path.name}: {name}: {count} of {len(outputs[path])} episodes encoded anew")
+
+
+def _check_open_files(target: Target, outputs: Mapping[pathlib.Path, Episodes]) -> None:
+    """OSError if the system allows fewer open files than are read and written at a time."""
+    written = 1 + sum(feature["dtype"] == "video" for feature in target.features.values())
+    needed = _OPEN_FILES
+    for episodes in outputs.values():
+        read = {dataset.clip(name, e)[0] for dataset, e in episodes for name in _videos(dataset)}
+        needed += 1 + written + min(len(read), video_files.OPEN_FILES)  # the first is its lock
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if allowed != resource.RLIM_INFINITY and needed > allowed:
+        raise OSError(
+            f"{len(outputs)} datasets at a time take up to {needed} open files, and the system "
+            f"allows {allowed}: allow more with ulimit -n {needed}, or make fewer"
+        )
 
 
 class _Reader:
@@ -206,11 +227,12 @@ class _Reader:
 
     def __init__(self, dataset: lerobot.Dataset, target: Target):
         self._dataset, self._target = dataset, target
-        self._stats = dataset.episode_stats() if target.keep_stats else None
+        cameras = [name for name in dataset.camera_keys if name in target.features]
+        self._stats = dataset.episode_stats(cameras) if target.keep_stats else None
         self._tasks = dataset.column("task_index")
         self._films = [name for name in _videos(dataset) if name in target.features]
         stored = target.features.keys() - target.replaced.keys() - set(self._films)
-        self._rows = _Rows(dataset, sorted(stored))
+        self._rows = rows.Rows(dataset, sorted(stored))
 
     def read(self, episode: int) -> tuple[dict[str, Any], list[str], dict | None]:
         """(values of every feature, the task of every frame, statistics of pictures)"""
@@ -248,71 +270,6 @@ class _Reader:
                 with contextlib.suppress(ValueError):  # of a form that no version of LeRobot wrote
                     kept[name] = statistics.of_pictures(self._stats[episode][name], name)
         return {name: stats for name, stats in kept.items() if stats}
-
-
-class _Rows:
-    """Columns of the data files, a row group at a time: a whole column may not fit in memory."""
-
-    def __init__(self, dataset: lerobot.Dataset, names: Sequence[str]):
-        dataset.column("index")  # a frame is found by its row: the order is checked there
-        self._dataset, self._names = dataset, names
-        self._groups: list[tuple[pathlib.Path, int]] = []
-        starts = [0]
-        for path in dataset.data_files:
-            with tables.parquet(path) as file:
-                for group in range(file.num_row_groups):
-                    self._groups.append((path, group))
-                    starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-        self._starts = np.array(starts)
-        self._last: tuple[int, pa.Table] | None = None  # large groups hold many episodes
-        self._lock = threading.Lock()
-
-    def get(self, first: int, end: int) -> dict[str, Any]:
-        """{name: values of the frames first..end-1}, pictures as the bytes that are stored."""
-        found: dict[str, list] = {name: [] for name in self._names}
-        group = int(np.searchsorted(self._starts, first, side="right")) - 1
-        while self._starts[group] < end:
-            start = int(self._starts[group])
-            table = self._group(group).slice(max(0, first - start), end - max(first, start))
-            for name in self._names:
-                found[name].append(self._values(name, table[name], self._groups[group][0]))
-            group += 1
-        return {
-            name: list(itertools.chain(*parts)) if isinstance(parts[0], list) else _joined(parts)
-            for name, parts in found.items()
-        }
-
-    def _group(self, number: int) -> pa.Table:
-        with self._lock:  # all would read a large group at once
-            if self._last is None or self._last[0] != number:
-                path, group = self._groups[number]
-                with tables.parquet(path) as file:
-                    if missing := set(self._names) - set(file.schema_arrow.names):
-                        raise ValueError(f"{path} lacks the columns {sorted(missing)}")
-                    self._last = number, file.read_row_group(group, self._names)
-            return self._last[1]
-
-    def _values(self, name: str, column: pa.ChunkedArray, path: pathlib.Path) -> Any:
-        feature, where = self._dataset.features[name], f"{path}: {name!r}"
-        if name not in self._dataset.camera_keys:
-            dtype = np.dtype(feature["dtype"]) if name in self._dataset.numeric_keys else None
-            return tables.to_numpy(column, dtype, [int(n) for n in feature["shape"]], where)
-        if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
-            raise ValueError(
-                f"{where} is stored as {column.type}, expected pictures as struct<bytes: binary, "
-                "path: string>"
-            )
-        found = pc.struct_field(column, "bytes").to_pylist()
-        if None in found:
-            raise ValueError(
-                f"{where} has frames without bytes, only a path at best; write the dataset again "
-                "with the pictures inside"
-            )
-        return found
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _in_order(outputs: Mapping[pathlib.Path, Episodes]) -> list[tuple]:
@@ -358,19 +315,21 @@ def _videos(dataset: lerobot.Dataset) -> list[str]:
 
 
 def _codec(dataset: lerobot.Dataset, name: str) -> str:
-    """The codec of a video, with its pixel format if that is unusual: as its first file says, for
-    info.json is not always right. "" where it cannot be read, which is told with its episode.
+    """The codec of a video, with its pixel format if that is unusual: as the first of its files
+    that can be read says, for info.json is not always right. "" where there is none; those that are
+    wanted are told with their episodes.
     """
-    first = int(np.argmax(dataset.episode_to > dataset.episode_from))
-    path, _ = dataset.clip(name, first)
-    try:
-        with av.open(str(path)) as container:
+    whole = np.flatnonzero(dataset.episode_to > dataset.episode_from).tolist()
+    for path in dict.fromkeys(dataset.clip(name, episode)[0] for episode in whole):
+        with (
+            contextlib.suppress(OSError, IndexError, AttributeError, av.FFmpegError),
+            av.open(str(path)) as container,
+        ):
             stream = container.streams.video[0]
             pixels = stream.codec_context.pix_fmt
             unusual = f"/{pixels}" * (pixels != video_files.PIX_FMT)
             return stream.codec.canonical_name + unusual
-    except (OSError, IndexError, AttributeError, av.FFmpegError):
-        return ""
+    return ""
 
 
 def _is_packed_anew(target: Target, dataset: lerobot.Dataset, name: str) -> bool:

@@ -11,6 +11,7 @@ from policymix import files
 from policymix.data import lerobot, writer
 
 NAMES = ("next.reward", "reward")  # LeRobot's name, and that of the chunk-level datasets
+_LARGEST = float(np.finfo(np.float32).max)
 FEATURE = {"dtype": "float32", "shape": [1], "names": None}
 
 
@@ -81,7 +82,7 @@ def _constant(rule: str) -> float:
         value = 0.0 if rule == "zero" else float(rule)
     except ValueError:
         value = np.nan
-    if not np.isfinite(value) or abs(value) > float(np.finfo(np.float32).max):
+    if not abs(value) <= _LARGEST:
         raise ValueError(
             f"reward={rule!r} is no rule: expected success_at_end, zero, a number, FILE.csv "
             "(episode_index,frame_index,reward) or FILE.json ({episode: [frames]})"
@@ -105,11 +106,13 @@ def _csv(path: pathlib.Path, dataset: lerobot.Dataset) -> list[tuple[int, float]
         )
     for line, row in rows:
         try:
+            if len(row) != len(names):
+                raise ValueError(f"expected {len(names)} values, found {len(row)}")
             told = dict(zip(names, row, strict=True))
-            episode, reward = int(told["episode_index"]), np.float32(told["reward"])
+            episode, reward = int(told["episode_index"]), float(told["reward"])
             frame = int(told["frame_index"]) if "frame_index" in told else -1
-            if not np.isfinite(reward):
-                raise ValueError(f"reward {reward} is not finite")
+            if not abs(reward) <= _LARGEST:
+                raise ValueError(f"reward {reward} is not finite in float32")
             place = _place(dataset, episode, None if "frame_index" not in told else frame)
             if place in found:
                 raise ValueError("the frame has a reward already")

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from policymix import files, hub
+from policymix.checkpoints import layout
 from policymix.data import opening, oxe
 from policymix.runs import encoding
 
@@ -36,7 +38,7 @@ def parts(data: ml_collections.ConfigDict) -> list[Part]:
     Raises:
       ValueError: there are none, or config.data says two things of them.
     """
-    named = [path for path in data.path.split(",") if path]
+    named = [path.strip() for path in data.path.split(",") if path.strip()]
     if data.mixture:
         if data.repo_id or len(named) != 1:
             raise ValueError(
@@ -55,7 +57,7 @@ def parts(data: ml_collections.ConfigDict) -> list[Part]:
 
 def _of_mixture(data: ml_collections.ConfigDict, root: str, name: str) -> Part:
     own = data.copy_and_resolve_references()
-    own.robot = data.robot or _ROBOTS[oxe.DATASETS[name].robot]
+    own.robot = _ROBOTS[oxe.DATASETS[name].robot]
     return Part(f"{root.rstrip('/')}/{name}", own, name)
 
 
@@ -72,7 +74,8 @@ def fractions(data: ml_collections.ConfigDict, num_frames: Sequence[int]) -> np.
     if data.mixture and not given:
         return oxe.fractions([w for _, w in oxe.mixture(data.mixture)], num_frames)
     shares = given or num_frames
-    if len(shares) != len(num_frames) or not all(share > 0 for share in shares):
+    numbers = all(isinstance(share, int | float) and share > 0 for share in shares)
+    if len(shares) != len(num_frames) or not numbers:
         raise ValueError(
             f"config.data.fractions is {given}; expected a positive number for each of "
             f"the {len(num_frames)} datasets of config.data.path, or () to go by their frames"
@@ -80,54 +83,93 @@ def fractions(data: ml_collections.ConfigDict, num_frames: Sequence[int]) -> np.
     return np.asarray(shares, np.float64) / np.sum(shares)
 
 
-def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with what its first dataset says where it is left open: config.model's action_dim,
-    proprio_dim and image_keys if they are None, config.data.fps if it is 0.
+def complete(
+    config: ml_collections.ConfigDict, *, rate: bool = False, checkpoint: str = ""
+) -> ml_collections.ConfigDict:
+    """The config with config.model's action_dim, proprio_dim and image_keys, and the cameras of
+    config.data, as its first dataset says, where the config leaves them to it (None); or as the
+    run's own config.json says beside a checkpoint.
 
     Unless the robot's table names its cameras, every camera of the dataset becomes one of the
-    model, called by the last part of its name. Without a dataset the config is given back as it is.
+    model, called by the end of its name.
+
+    Args:
+      rate: whether config.data.fps, if it is 0, becomes the first dataset's too.
 
     Raises:
-      ValueError: sizes or cameras are left open, and there is no dataset that says them.
+      ValueError: something is left open, and there is nothing that says it.
     """
     data, model = config.data, config.model
     lacking = [f for f in ("action_dim", "image_keys") if f in model and model[f] is None]
-    if not (data.path or data.repo_id):
-        if lacking:
-            raise ValueError(
-                f"config.model leaves {' and '.join(lacking)} to the dataset: name it with "
-                "--config.data.path=DIRECTORY, or set them as they are in the run's config.json"
-            )
+    rate = rate and not (data.fps or data.mixture)  # whose robots differ
+    named = bool(data.path or data.repo_id)
+    if not lacking and not (rate and named):
         return config
-    if not lacking and (data.fps or data.mixture):
-        return config
+    if lacking and (known := _recorded(checkpoint)):
+        return _filled(config, known["model"], known["data"]["cameras"])
+    if not named:
+        raise ValueError(
+            f"config.model leaves {' and '.join(lacking)} to the dataset: name it with "
+            "--config.data.path=DIRECTORY, or set them as they are in the run's config.json"
+        )
     part = parts(data)[0]
-    wired = encoding.wiring(part.data)
     dataset = opening.open_dataset(
         part.name,
         fps=data.fps,
         skip_unlabeled=data.skip_unlabeled,
         skip_bad=data.skip_bad_episodes,
     )
+    config = _filled(config, *_sizes(dataset, encoding.wiring(part.data))) if lacking else config
     config = config.copy_and_resolve_references()
-    data, model = config.data, config.model
-    if not data.mixture:  # whose robots differ
-        data.fps = int(dataset.fps)
+    if rate:
+        config.data.fps = int(dataset.fps)
+    if lacking:
+        model = config.model
+        print(
+            f"of {dataset.path}: action_dim {model.action_dim}, proprio_dim {model.proprio_dim}, "
+            f"cameras {json.dumps(list(model.image_keys))}, {dataset.fps} frames per second"
+        )
+    return config
+
+
+def _sizes(dataset: opening.Dataset, wired: encoding.Wiring) -> tuple[dict, dict]:
+    """The model's fields, and its cameras' features, for a dataset."""
 
     def size(keys: Sequence[str]) -> int:
         return sum(int(np.prod(dataset.column(key).shape[1:])) for key in keys)
 
-    if "action_dim" in lacking:
-        model.action_dim = size(wired.action_keys)
-        if model.get("proprio_dim") is None:
-            model.proprio_dim = size(wired.state_keys)
-    if "image_keys" in lacking:
-        cameras = dict(wired.cameras) or {k.rpartition(".")[2]: k for k in dataset.camera_keys}
-        model.image_keys = tuple(cameras)
-        data.cameras = ml_collections.ConfigDict(cameras)
-    if lacking:
-        print(
-            f"of {dataset.path}: action_dim {model.action_dim}, proprio_dim {model.proprio_dim}, "
-            f"cameras {json.dumps(list(model.image_keys or ()))}, {dataset.fps} frames per second"
-        )
+    cameras = dict(wired.cameras) or camera_names(dataset.camera_keys)
+    fields = {"action_dim": size(wired.action_keys), "proprio_dim": size(wired.state_keys)}
+    return fields | {"image_keys": tuple(cameras)}, cameras
+
+
+def _filled(config: ml_collections.ConfigDict, fields: dict, cameras: dict):
+    """The config with those of `fields` that are None, and cameras to go with new image_keys."""
+    config = config.copy_and_resolve_references()
+    if config.model.get("image_keys", ()) is None:
+        config.model.image_keys = tuple(fields["image_keys"])
+        config.data.cameras = ml_collections.ConfigDict(cameras)
+    if config.model.action_dim is None:
+        config.model.action_dim = fields["action_dim"]
+        if config.model.get("proprio_dim") is None:
+            config.model.proprio_dim = fields["proprio_dim"]
     return config
+
+
+def _recorded(checkpoint: str) -> dict | None:
+    """config.json of the run that a checkpoint is a step of."""
+    if not checkpoint or hub.is_remote(checkpoint):
+        return None
+    path = layout.directory_of(checkpoint).parent / "config.json"
+    content = files.read_json(path) if path.is_file() else {}
+    is_ours = {"model", "data"} <= content.keys() if isinstance(content, dict) else False
+    return content if is_ours else None
+
+
+def camera_names(features: Sequence[str]) -> dict[str, str]:
+    """{a short name: feature}: the end of each that no other shares, "left_rgb" of "a.left.rgb"."""
+    for count in range(1, max((f.count(".") + 2 for f in features), default=2)):
+        names = ["_".join(feature.split(".")[-count:]) for feature in features]
+        if len(set(names)) == len(names):
+            return dict(zip(names, features, strict=True))
+    raise ValueError(f"the cameras {list(features)} cannot be told apart by their names")

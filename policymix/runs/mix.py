@@ -20,7 +20,7 @@ from policymix.checkpoints import assets, blocks, layout, provenance, store, str
 from policymix.data import validation as validation_lib
 from policymix.models import pi0, recognize
 from policymix.reports import mixes, tables
-from policymix.runs import advice, landscapes, policies, repeats, requests, searches
+from policymix.runs import advice, landscapes, metadata, policies, repeats, requests, searches
 from policymix.runs import inputs as inputs_lib
 from policymix.runs import judge as judge_lib
 from policymix.runs.policy_files import PolicyFiles
@@ -40,6 +40,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
     repeat = None
     if request.repeat:
         config, request, repeat = repeats.read(config, request)
+    config = metadata.complete(config, checkpoint=next(iter(request.checkpoints), ""))
     method = repeat.method if repeat else requests.method_of(config, request)
     base = _base(config, request, method)
     _check_output(config, request, base)

@@ -33,7 +33,7 @@ def write(
     path = files.local(output)
     path = path if path.suffix == ".json" and not path.is_dir() else path / assets.NORM_STATS
     files.check_output(path, overwrite=overwrite, ours=_is_norm_stats)
-    config = metadata.complete(config).copy_and_resolve_references()
+    config = metadata.complete(config, rate=True).copy_and_resolve_references()
     model = policies.model_config(config, why="the length of action chunks")
     if config.data.held_out == 1:
         raise ValueError(

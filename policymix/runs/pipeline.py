@@ -38,6 +38,7 @@ class Pipeline:
     ):
         """`resumed` is the step whose run goes on: its normalisation and data may not change."""
         data, parts = config.data, metadata.parts(config.data)
+        _check(data)
         self.model, self._seed, self._data = model, config.train.seed, data
         self.sources = [
             sources_lib.Source(
@@ -142,6 +143,7 @@ class Pipeline:
         size = batch_size // count
         rows = slice(index * size, (index + 1) * size)
         make = functools.partial(self.batch, batch_size=batch_size, rows=rows)
+        self._keep_decoded()
         return loader.ahead(
             make,
             first,
@@ -149,6 +151,13 @@ class Pipeline:
             num_threads=self._data.num_threads or processes.num_cores(),
             num_processes=self._data.num_processes,
         )
+
+    def _keep_decoded(self) -> None:
+        """Small pictures of small datasets are decoded once; other processes would do it again."""
+        size = sum(source.decoded_bytes() for source in self.sources)
+        if size <= 1e6 * self._data.cache_mb and not self._data.num_processes:
+            for source in self.sources:
+                source.keep_decoded()
 
     def validation(self, batch_size: int, num_batches: int, held_out: float):
         """Batches of held-out episodes, every frame at most once: (to select on, to report on).
@@ -158,6 +167,12 @@ class Pipeline:
         """
         (source,) = self.sources
         episodes = source.held_out_episodes
+        if not 0 <= held_out < 1:
+            raise ValueError(f"config.mix.held_out is {held_out}; expected 0 to below 1")
+        if not episodes and source.left_out:
+            raise ValueError(
+                f"{source.dataset.path}: all episodes that were held out were left out, being bad"
+            )
         if not episodes:
             raise ValueError(
                 "config.data.held_out is 0, so no episodes are held out to validate on"
@@ -165,7 +180,7 @@ class Pipeline:
         reported = 0
         if held_out > 0 and len(episodes) > 1:
             reported = min(max(1, round(held_out * num_batches)), num_batches - 1)
-        count = max(1, round(held_out * len(episodes))) if reported else 0
+        count = min(max(1, round(held_out * len(episodes))), len(episodes) - 1) if reported else 0
         select_on, report_on = episodes[: len(episodes) - count], episodes[len(episodes) - count :]
         selection = self._batches(select_on, batch_size, num_batches - reported)
         return selection, self._batches(report_on, batch_size, reported) if reported else []
@@ -187,6 +202,15 @@ class Pipeline:
         ]
 
 
+def _check(data: ml_collections.ConfigDict) -> None:
+    """ValueError for numbers that no run can have."""
+    for name in ("seed", "fps", "cache_mb", "num_threads", "num_processes"):
+        if not data[name] >= 0:
+            raise ValueError(f"config.data.{name} is {data[name]}; it may not be negative")
+    if not 0 <= data.held_out <= 1:
+        raise ValueError(f"config.data.held_out is {data.held_out}; expected a fraction, 0 to 1")
+
+
 def _find_norm_stats(
     config: ml_collections.ConfigDict,
     data: ml_collections.ConfigDict,
@@ -203,11 +227,16 @@ def _find_norm_stats(
     source = str(resumed or named or config.train.init_from)
     if source:
         layout.find(source)  # what is not there is no reason to compute new ones
-        if found := assets.norm_stats_of(source, chosen):
+        known = assets.find(source, assets.NORM_STATS)
+        # A base that knows other robots only, as OpenPI's do, says nothing of this one.
+        strange = len(known) > 1 and chosen and chosen not in known
+        if strange and not (resumed or named):
+            print(f"{source} has norm stats of {', '.join(known)}, none of {chosen}: new ones")
+        elif found := assets.norm_stats_of(source, chosen):
             return found[1], source
         if resumed or named:
             raise ValueError(f"{source} has no norm stats beside it")
-    trained = [source.train for source in sources if source.train]
+    trained = [source.train for source in sources if source.train is not None]
     if not trained:
         raise ValueError(
             "config.data.held_out is 1, so there are no training episodes to take statistics "

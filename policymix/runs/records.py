@@ -14,6 +14,7 @@ from policymix import files
 from policymix.data import lerobot
 
 _VIDEO = re.compile(r".*_(\d+)\.[^./]*|.*_(\d+)")
+_WHOLE = re.compile(r"\s*(\d+)(?:\.0*)?\s*")  # pandas writes 3.0 if one is missing
 _NUMBER, _NAME = "episode_index", "video"
 
 Table = tuple[list[str], list[dict[str, str]]]  # names of the columns, rows
@@ -24,8 +25,9 @@ def write(folder: pathlib.Path, episodes: Sequence[tuple[lerobot.Dataset, int]])
 
     Rows are attributed by a column `episode_index`, or else by the number at the end of a column
     `video`; those of the given episodes are kept, and get the episode's new number: its position
-    in `episodes`. Files whose rows name no episode are copied whole. Files of the same name of
-    several sources follow one another, with the columns of both.
+    in `episodes`. Files with a row that names no episode are copied whole, which is said. Files of
+    the same name of several sources follow one another, with the columns of both. Empty ones are
+    left out.
 
     Raises:
       ValueError: a file that is no CSV in UTF-8.
@@ -36,7 +38,11 @@ def write(folder: pathlib.Path, episodes: Sequence[tuple[lerobot.Dataset, int]])
         for name, (names, rows) in read(dataset).items():
             known, kept = found.setdefault(name, ([], []))
             known += [name for name in names if name not in known]
-            kept += _of(names, rows, numbers)
+            if None in (named := [_episode(row) for row in rows]):
+                print(f"{dataset.path / 'meta' / name}: a row names no episode, so all are copied")
+                kept += rows
+            else:
+                kept += _of(rows, named, numbers)
     for name, (names, rows) in found.items():
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, names, restval="", lineterminator="\n")
@@ -50,15 +56,16 @@ def read(dataset: lerobot.Dataset) -> dict[pathlib.Path, Table]:
     `write`.
     """
     meta = dataset.path / "meta"
-    return {path.relative_to(meta): _read(path) for path in sorted(meta.rglob("*record.csv"))}
+    paths = [path for path in sorted(meta.rglob("*record.csv")) if path.is_file()]
+    found = {path.relative_to(meta): _read(path) for path in paths}
+    return {place: table for place, table in found.items() if table[0]}
 
 
 def _read(path: pathlib.Path) -> Table:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        names, *rows = [
-            row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row
-        ]
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        names, *rows = [row for row in lines if row] or [[]]
         table = [dict(zip(names, row, strict=True)) for row in rows]
     except (ValueError, csv.Error) as error:
         raise ValueError(
@@ -68,18 +75,16 @@ def _read(path: pathlib.Path) -> Table:
     return names, table
 
 
-def _of(names: list[str], rows: list[dict], numbers: dict[int, int]) -> Iterable[dict[str, str]]:
-    """The rows of the episodes in `numbers` {old: new}; all of them where that cannot be told."""
-    found = [_episode(row) for row in rows]
-    if None in found:
-        return rows
-    kept = [(numbers[old], row) for old, row in zip(found, rows, strict=True) if old in numbers]
+def _of(rows: list[dict], named: list[int], numbers: dict[int, int]) -> Iterable[dict[str, str]]:
+    """The rows of the episodes in `numbers` {old: new}; `named` says of which each is."""
+    kept = [(numbers[old], row) for old, row in zip(named, rows, strict=True) if old in numbers]
     return [row | _renumbered(row, new) for new, row in kept]
 
 
 def _episode(row: dict[str, str]) -> int | None:
     if _NUMBER in row:
-        return int(row[_NUMBER]) if row[_NUMBER].isdecimal() else None
+        match = _WHOLE.fullmatch(row[_NUMBER])
+        return int(match[1]) if match else None
     match = _VIDEO.fullmatch(row.get(_NAME, ""))
     return int(match[1] or match[2]) if match else None
 

@@ -3,20 +3,19 @@
 import concurrent.futures
 import dataclasses
 import functools
+import io
 import math
 import pathlib
 import shutil
 from collections.abc import Sequence
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from policymix import files, metrics, processes
 from policymix.data import examples, features, shards, tfds, tfrecord
 
 RESIZED = "resized.json"
-_MODES = {1: "GRAY", 3: "RGB"}
 _THREADS_EACH = 4  # of a process: more do not find enough pictures of an episode at once
 
 
@@ -48,19 +47,22 @@ def run(
     Pictures are stretched to a square, whatever their shape, with Lanczos' filter widened by the
     scale (so that nothing aliases), rounded, and stored as JPEG with halved colour: what
     rlds_dataset_mod's resize_and_jpeg_encode does for Octo, OpenVLA and open-pi-zero, whose
-    policies expect it. Colour and grey pictures of 8 bits are resized; depth is left as it is, and
-    so are pictures that have that size as JPEG already. The result is read by tfds as well:
+    policies expect it. Colour pictures of 8 bits are resized, and grey ones that are JPEG already;
+    depth, and one channel that is not JPEG, which may be a mask, are left as they are, and so are
+    pictures that have that size as JPEG already. The result is read by tfds as well:
     tfds.builder(NAME, data_dir=OUTPUT).
 
     Args:
       source: the folder of the dataset.
-      output: the dataset is written to OUTPUT/NAME/VERSION, whole or not at all.
+      output: the dataset is written to OUTPUT/NAME/VERSION, or OUTPUT/NAME/CONFIG/VERSION where it
+        has a configuration; whole or not at all.
       size: side in pixels. quality: of the JPEG, 1..100; tfds writes 95.
       splits: those that are written; () for all.
-      num_workers: processes; 0 for one per core. Each holds an episode as it is stored.
+      num_workers: processes; 0 for one per core. Each holds an episode as it is stored, and up to
+        three times as it will be.
 
     Returns:
-      OUTPUT/NAME/VERSION.
+      The folder that was written.
 
     Raises:
       ValueError, OSError: bad arguments, damaged input, output that exists, or no room.
@@ -73,7 +75,7 @@ def run(
     chosen = list(splits) or list(builder.splits)
     parts = {split: builder.shards(split) for split in chosen}
     leaves, left = _chosen(builder, size)
-    target = files.local(output) / builder.name / str(builder.version)
+    target = files.local(output) / builder.name / builder.config / builder.version
     files.check_apart(target, [builder.path])
     files.check_output(target, overwrite=overwrite, ours=lambda path: (path / RESIZED).is_file())
     stored = sum(shard.path.stat().st_size for part in parts.values() for shard in part)
@@ -95,10 +97,13 @@ def _chosen(builder: tfds.Builder, size: int) -> tuple[tuple[features.Leaf, ...]
     for leaf in features.leaves(builder.features):
         if leaf.kind != "image":
             continue
-        if leaf.dtype != np.uint8 or leaf.shape[-1] not in _MODES:
+        grey = leaf.shape[-1] == 1
+        if leaf.dtype != np.uint8 or leaf.shape[-1] not in (1, 3):
             left[leaf.key] = f"{leaf.shape[-1]} channels of {leaf.dtype}, which JPEG has not"
-        elif leaf.shape[-1] == 1 and "depth" in leaf.key:
+        elif grey and "depth" in leaf.key:
             left[leaf.key] = "depth, which JPEG would blur"
+        elif grey and leaf.encoding.lower() != "jpeg":
+            left[leaf.key] = "one channel that is not JPEG, perhaps a mask"
         elif leaf.shape[:2] == (size, size) and leaf.encoding == "jpeg":
             left[leaf.key] = "of that size as JPEG already"
         else:
@@ -168,12 +173,13 @@ def resize_shard(task: _Task) -> int:
             except ValueError as error:
                 episode = task.shard.first + record.number
                 raise ValueError(f"{task.shard.path}, episode {episode}: {error}") from error
+            del record  # so that two never lie in memory
         return writer.num_bytes
 
 
 def _resized(data: bytes, task: _Task, pool: concurrent.futures.Executor) -> bytes:
     """An episode's record with its pictures made anew."""
-    values, new = examples.parse(data), {}
+    values, new = examples.parse(data, {leaf.key for leaf in task.leaves}), {}
     for leaf in task.leaves:
         key = f"{leaf.key}/ragged_flat_values" if len(leaf.lengths) > 1 else leaf.key
         if key not in values and leaf.optional:
@@ -214,11 +220,14 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def encode(image: np.ndarray, quality: int) -> bytes:
-    """uint8 [hh, ww, 1 or 3] → JPEG, colour at half the resolution, as TensorFlow writes it."""
-    mode = _MODES[image.shape[-1]]
-    colour = "Gray" if mode == "GRAY" else "420"
-    image = np.ascontiguousarray(image)
-    return simplejpeg.encode_jpeg(image, quality, colorspace=mode, colorsubsampling=colour)
+    """uint8 [hh, ww, 1 or 3] → JPEG, colour at half the resolution, the pixels that TensorFlow's
+    are decoded to.
+    """
+    # simplejpeg is faster, but takes the less exact transform for qualities below 96.
+    grey, buffer = image.shape[-1] == 1, io.BytesIO()
+    made = Image.fromarray(image[..., 0] if grey else image)
+    made.save(buffer, "JPEG", quality=quality, subsampling=-1 if grey else 2)
+    return buffer.getvalue()
 
 
 def _describe(

@@ -14,7 +14,7 @@ import numpy as np
 from policymix import memory, trees
 from policymix.checkpoints import keymaps, layout, store
 from policymix.models import pi0, recognize
-from policymix.runs import encoding, policies
+from policymix.runs import encoding, metadata, policies
 from policymix.structs import Observation
 
 _COPIED = 2**28  # bytes, of which the bandwidth is measured
@@ -41,6 +41,7 @@ def sample(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any
     for name in ("batch_size", "num_samples", "num_calls"):
         if getattr(request, name) < 1:
             raise ValueError(f"--{name} is {getattr(request, name)}; at least 1 is needed")
+    config = metadata.complete(config, checkpoint=request.checkpoint)
     model, header = _open(config, request)
     steps = config.evaluate.num_flow_steps
     shapes = pi0.shapes(model)

@@ -1,18 +1,19 @@
 """The datasets of a run: which episodes train, which are held out, and batches drawn from all."""
 
+import concurrent.futures
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from policymix.data import frames, loader, opening
+from policymix import metrics, processes
+from policymix.data import loader, opening
 from policymix.runs import encoding
 from policymix.transforms import images
 
-_TURN = (math.sqrt(5) - 1) / 2  # multiples of the golden ratio are spread evenly over a turn
+_BLOCK = 256  # pictures that are decoded together
 
 
 class Source:
@@ -48,9 +49,8 @@ class Source:
         self._horizon, self._cameras, self._resolution = horizon, cameras, resolution
         self._wiring = encoding.wiring(data)
         self._default_prompt = data.default_prompt or None
-        self._cache_bytes = data.cache_mb * 1_000_000
         self._kept: dict[str, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._rows: np.ndarray | None = None
         if data.fps and self.dataset.fps != data.fps:
             raise ValueError(
                 f"{self.dataset.path} has {self.dataset.fps} frames per second, expected "
@@ -62,10 +62,7 @@ class Source:
         self._split(data)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_kept": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"_lock": threading.Lock()})
+        return vars(self) | {"_kept": {}, "_rows": None}  # other processes read for themselves
 
     def _bad_episodes(self, skip: bool) -> dict[int, str]:
         keys = (*self._wiring.state_keys, *self._wiring.action_keys)
@@ -95,6 +92,11 @@ class Source:
         if not self.train_episodes:
             raise ValueError(f"{self.dataset.path}: no episode is left to train on")
         self.train = self.chunks(self.train_episodes)
+        if not len(self.train):
+            raise ValueError(
+                f"{self.dataset.path}: no frame of the {len(self.train_episodes)} episodes to "
+                "train on may begin a chunk: none is marked in the column is_kept"
+            )
 
     def chunks(self, episodes: Sequence[int]) -> loader.ActionChunks:
         """The frames of some episodes, each with the actions that follow."""
@@ -118,27 +120,55 @@ class Source:
 
     def _pictures(self, feature: str, numbers: np.ndarray) -> np.ndarray:
         found = self._frames[feature]
-        shape = self._resolution or found.shape
-        if found.num_frames * math.prod(shape) * 3 > self._cache_bytes:
-            return images.resize_with_pad(found.get(numbers), *shape)
-        return self._all_pictures(feature, found, shape)[numbers]
+        if feature in self._kept and (rows := self._rows[numbers]).min(initial=0) >= 0:
+            return self._kept[feature][rows]
+        return images.resize_with_pad(found.get(numbers), *(self._resolution or found.shape))
 
-    def _all_pictures(
-        self, feature: str, found: frames.Frames, shape: tuple[int, int]
-    ) -> np.ndarray:
-        """Decoded and resized once and kept: small pictures of small datasets fit in memory."""
-        with self._lock:
-            if feature not in self._kept:
-                if found.shape == tuple(shape):
-                    self._kept[feature] = found.all()
-                else:
-                    self._kept[feature] = images.resize_with_pad(found.all(), *shape)
-            return self._kept[feature]
+    def decoded_bytes(self) -> int:
+        """What the pictures of the training episodes take, decoded and resized."""
+        shapes = [self._resolution or found.shape for found in self._frames.values()]
+        return self._num_train_frames() * sum(3 * math.prod(shape) for shape in shapes)
+
+    def _num_train_frames(self) -> int:
+        chosen = np.array(self.train_episodes, np.int64)
+        return int((self.dataset.episode_to[chosen] - self.dataset.episode_from[chosen]).sum())
+
+    def keep_decoded(self) -> None:
+        """Decodes and resizes the pictures of the training episodes once, by threads, and keeps
+        them: `get` copies from there.
+        """
+        bounds = [
+            (int(self.dataset.episode_from[n]), int(self.dataset.episode_to[n]))
+            for n in self.train_episodes
+        ]
+        numbers = np.concatenate([np.arange(*pair) for pair in bounds])
+        rows = np.full(self.dataset.num_frames, -1, np.int32)
+        rows[numbers] = np.arange(len(numbers))
+        blocks = [
+            np.arange(start, min(start + _BLOCK, end))
+            for first, end in bounds
+            for start in range(first, end, _BLOCK)
+        ]
+        for feature, found in self._frames.items():
+            shape = self._resolution or found.shape
+            kept = np.empty((len(numbers), *shape, 3), np.uint8)
+
+            def fill(block: np.ndarray, feature=feature, kept=kept) -> int:
+                kept[rows[block]] = self._pictures(feature, block)
+                return len(block)
+
+            with (
+                concurrent.futures.ThreadPoolExecutor(processes.num_cores()) as pool,
+                metrics.Progress(f"reading {feature}", len(numbers)) as shown,
+            ):
+                for count in pool.map(fill, blocks):
+                    shown.step(count)
+            self._kept[feature] = kept
+        self._rows = rows
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one example's "state", "actions" and the picture of every camera."""
-        example = self.chunks([0]).get(np.zeros(1, int))
-        found = {key: example[key].shape[1:] for key in ("state", "actions")}
+        found = dict(self.chunks([0]).shapes)
         for camera, feature in self._cameras.items():
             found[camera] = (*(self._resolution or self._frames[feature].shape), 3)
         return found
@@ -166,17 +196,37 @@ def check_alike(sources: Sequence[Source]) -> None:
                 )
 
 
-def counts(fractions: np.ndarray, batch_size: int, step: int) -> np.ndarray:
-    """How many examples of batch `step` come from each dataset: int64, summing to batch_size.
+def drawn_before(fractions: np.ndarray, batch_size: int, step: int) -> np.ndarray:
+    """How many examples of each dataset the batches before `step` have: int64 [n], summing to
+    step * batch_size.
 
-    Each is its fraction of the batch, rounded down or up so that over the steps it comes out right.
+    Each has its fraction of every batch, rounded down or up, so that it comes out right over the
+    steps: with R the sums of what rounding down leaves, dataset d has one more in the steps where
+    ⌊R_d + u⌋ > ⌊R_(d-1) + u⌋, u running through van der Corput's sequence.
     """
     exact = np.asarray(fractions) * batch_size
     least = np.floor(exact + 1e-9)
     rest = np.cumsum(np.maximum(exact - least, 0))
     rest[-1] = batch_size - least.sum()
-    extra = np.diff(np.floor(rest + step * _TURN % 1), prepend=0)
-    return (least + extra).astype(np.int64)
+    whole = np.floor(rest + 1e-9)
+    below = np.array([_points_below(1 - r, step) for r in np.maximum(rest - whole, 0).tolist()])
+    turns = step * whole.astype(np.int64) + step - below
+    return step * least.astype(np.int64) + np.diff(turns, prepend=0)
+
+
+def _points_below(x: float, count: int) -> int:
+    """How many of the first `count` points of van der Corput's sequence in base 2 lie below x.
+
+    The points of a block of 2^k whose first number m is its multiple are those of m, which is below
+    2^-k, and of steps of 2^-k from there.
+    """
+    total = start = 0
+    for k in range(count.bit_length() - 1, -1, -1):
+        if count >> k & 1:
+            first = int(f"{start:b}"[::-1], 2) / (1 << start.bit_length())
+            total += min(max(math.ceil((x - first) * (1 << k)), 0), 1 << k)
+            start += 1 << k
+    return total
 
 
 def draw(
@@ -188,15 +238,16 @@ def draw(
     rows: slice = slice(None),
 ) -> dict[int, dict[str, Any]]:
     """The `rows` of training batch number `step`, by the number of the source that they are from:
-    a function of the seed and the step alone.
+    a function of the seed and the step alone. Each dataset is gone through epoch by epoch.
     """
-    wanted, first, found = np.arange(batch_size)[rows], 0, {}
-    most = np.ceil(np.asarray(fractions) * batch_size - 1e-9).astype(int).tolist()
-    for number, count in enumerate(counts(fractions, batch_size, step).tolist()):
-        source, here = sources[number], wanted[(wanted >= first) & (wanted < first + count)]
+    wanted, place, found = np.arange(batch_size)[rows], 0, {}
+    before, after = (drawn_before(fractions, batch_size, step + k).tolist() for k in (0, 1))
+    for number, (first, end) in enumerate(zip(before, after, strict=True)):
+        source, count = sources[number], end - first
+        here = wanted[(wanted >= place) & (wanted < place + count)] - place
         if len(here):
             # The first dataset's order does not depend on whether there is a second.
-            drawn = loader.drawn(len(source.train), step * most[number], count, seed + number)
-            found[number] = source.get(source.train, drawn[here - first])
-        first += count
+            drawn = loader.drawn(len(source.train), first, count, seed + number)
+            found[number] = source.get(source.train, drawn[here])
+        place += count
     return found

@@ -19,7 +19,7 @@ def split(
     source: str | pathlib.Path,
     output: str | pathlib.Path,
     *,
-    num_splits: int = 4,
+    num_splits: int | None = None,
     fractions: Sequence[str] = (),
     lists: Sequence[str] = (),
     seed: int = 42,
@@ -37,7 +37,8 @@ def split(
     numbered anew, as are frames and tasks. See `episodes.copy` for what a copy is.
 
     Args:
-      fractions: "0.8" or "train=0.8" for each split instead of `num_splits`, as `of_fractions`.
+      num_splits: how many; None: as many as `fractions` or `lists` has, else 4.
+      fractions: "0.8" or "train=0.8" for each split, as `of_fractions`.
       lists: "train=0:40,45" for each split: just these episodes.
       sort_by: "observation.state[4]", or the name of a single number: episodes are ordered by
         what it is in their first frame instead, and cut into contiguous parts of that order.
@@ -152,10 +153,15 @@ def of_lists(dataset: lerobot.Dataset, lists: Mapping[str, str]) -> dict[str, li
 def _parts(dataset, num_splits, fractions, lists, seed, sort_by) -> dict[str, list[int]]:
     if lists and (fractions or sort_by):
         raise ValueError("episodes are listed, so neither fractions nor sort_by can be given")
+    if num_splits is not None and (count := len(lists or fractions)) not in (0, num_splits):
+        raise ValueError(
+            f"num_splits is {num_splits}, but {'episodes' if lists else 'fractions'} are given for "
+            f"{count}; leave it out"
+        )
     if lists:
         return of_lists(dataset, _named(lists, "episodes"))
     if not fractions:
-        parts = assign(dataset, num_splits, seed, sort_by)
+        parts = assign(dataset, 4 if num_splits is None else num_splits, seed, sort_by)
         return {f"split_{i}": part for i, part in enumerate(parts)}
     numbers = {}
     for name, text in _named(fractions, "fractions").items():

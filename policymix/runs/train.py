@@ -24,7 +24,10 @@ from policymix.training.state import TrainState
 
 _SECTIONS = ("model", "data", "train")  # of the config, as recorded beside a run
 # What a resumed run may change without becoming another run.
-_FREE = ("num_steps", "log_every", "save_every", "keep_period", "max_to_keep", "fsdp_devices")
+_FREE = (
+    *("num_steps", "log_every", "save_every", "keep_period", "max_to_keep", "fsdp_devices"),
+    *("num_threads", "num_processes", "cache_mb"),
+)
 
 
 def train(
@@ -43,7 +46,7 @@ def train(
     Raises:
       ValueError, OSError: bad config, data or workdir. FloatingPointError: the loss is not finite.
     """
-    config = metadata.complete(config)
+    config = metadata.complete(config, rate=True)
     model = policies.model_config(config, why="training")
     workdir = files.local(workdir)
     _check_settings(config.train)

@@ -99,7 +99,12 @@ def augment(
 
     Returns:
       {camera: float32 [b, hh, ww, 3]} in [-1, 1].
+
+    Raises:
+      ValueError: pictures of another dtype, or a key that is not typed.
     """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"expected a key of jax.random.key, found an array of {key.dtype}")
     return {
         camera: _augmented(jax.random.clone(key), pictures, moved=wrist not in camera)
         for camera, pictures in images.items()
@@ -108,6 +113,8 @@ def augment(
 
 def _augmented(key: jax.Array, pictures: Array, moved: bool) -> jax.Array:
     pictures = jnp.asarray(pictures)
+    if pictures.dtype != jnp.uint8 and not jnp.issubdtype(pictures.dtype, jnp.floating):
+        raise ValueError(f"pictures of {pictures.dtype}; expected uint8, or floats in [-1, 1]")
     if pictures.dtype == jnp.uint8:
         pictures = pictures.astype(jnp.float32) / 255.0 * 2.0 - 1.0
 

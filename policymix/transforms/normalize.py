@@ -196,6 +196,11 @@ def compute_blocks(shares: Sequence[selection.Share], parallel: Callable = map) 
         raise ValueError("norm stats of no data: the dataset or the choice of episodes is empty")
     if not np.isfinite(moments.squares).all():
         dim = int(np.argmin(np.isfinite(moments.squares)))
+        if np.isfinite(moments.mean[dim]):
+            raise ValueError(
+                f"norm stats of values too large to be squared, in dimension {dim}, whose mean is "
+                f"{moments.mean[dim]:.3g}: were they recorded, and in the right unit?"
+            )
         raise ValueError(
             f"norm stats of values that are not finite, in dimension {dim}: a sensor that gave no "
             "number, or data that was not recorded; leave such episodes out"

@@ -83,12 +83,30 @@ def transforms(
         first = "state"
     structure = {"state": first, "actions": robot.action, "prompt": prompt}
     steps.append(compose.Repack(structure | ({"images": robot.cameras} if robot.cameras else {})))
-    if (robot.adapted if adapted is None else adapted) and robot.adapter:
-        steps.append(robot.adapter)
-    if robot.relative if relative is None else relative:
-        if not any(robot.positions):
-            raise ValueError("this robot's actions are no positions, to be relative to its state")
-        steps.append(compose.DeltaActions(robot.positions))
+    moved = robot.relative if relative is None else relative
+    if moved and not any(robot.positions):
+        raise ValueError("this robot's actions are no positions, to be relative to its state")
+    steps.append(adaptation(robot, robot.positions if moved else (), adapted))
+    return compose.chain(steps)
+
+
+def adaptation(
+    robot: Robot | None, relative: tuple[bool, ...], adapted: bool | None = None
+) -> compose.Chain:
+    """A robot's "state" and "actions" → those that are normalised: `relative` says which actions
+    become differences from the state, `adapted` what its table does not. ValueError: no adapter.
+    """
+    adapter = robot.adapter if robot else None
+    if adapted and not adapter:
+        raise ValueError(
+            "there is no adapter between this robot's numbers and the model's (config.data.adapt); "
+            f"there is one for {', '.join(name for name, one in ROBOTS.items() if one.adapter)}"
+        )
+    steps: list[compose.Transform] = []
+    if adapter and (robot.adapted if adapted is None else adapted):
+        steps.append(adapter)
+    if any(relative):
+        steps.append(compose.DeltaActions(relative))
     return compose.chain(steps)
 
 
@@ -339,9 +357,8 @@ _BRIDGE = Robot(  # as data.oxe standardises it; adapted for SIMPLER's robot alo
 )
 ROBOTS: Mapping[str, Robot] = {
     "aloha": _ALOHA,
-    # gym-aloha, of which OpenPI's pi0_aloha_sim was trained with adapted=True.
-    "aloha_sim": dataclasses.replace(
-        _ALOHA, cameras={BASE: "observation.images.top"}, relative=False, adapted=False
+    "aloha_sim": dataclasses.replace(  # gym-aloha, as OpenPI trained its pi0_aloha_sim
+        _ALOHA, cameras={BASE: "observation.images.top"}, relative=False
     ),
     # OpenPI's π0 checkpoints of LIBERO were trained with relative=True, π0.5's were not: its
     # actions are changes of pose already.
@@ -367,7 +384,7 @@ ROBOTS: Mapping[str, Robot] = {
     "fractal": dataclasses.replace(
         _BRIDGE, state={"observation.state": 8}, fps=3, adapter=SimplerFractal()
     ),
-    "pusht": Robot(  # targets and the agent's position, both in pixels
+    "pusht": Robot(  # where the disc shall go, and where it is, both in 0..512
         state={"observation.state": 2},
         action="action",
         action_dim=2,

@@ -67,6 +67,8 @@ def _flat(block: Block) -> tuple[np.ndarray, np.ndarray | None]:
     values = np.asarray(values)
     if values.dtype != np.float32:
         values = values.astype(np.float64, copy=False)
+    if not values.shape[-1]:
+        raise ValueError(f"statistics of vectors without a number in them, {values.shape}")
     if counts is not None:
         if np.shape(counts) != values.shape[:-1] or np.min(counts, initial=0) < 0:
             raise ValueError(

@@ -77,6 +77,18 @@ def test_values_that_are_no_pictures_as_declared(dtype, values, message):
         columns.checked(VIDEO | {"dtype": dtype}, values, "d")
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", 3])
+def test_names_that_are_no_folders(name):
+    with pytest.raises(ValueError, match=r"d: a feature's name is a text without '/'"):
+        columns.check_feature(name, VIDEO, "d")
+    columns.check_feature("a..b", VIDEO, "d")
+
+
+def test_text_that_no_file_can_hold():
+    with pytest.raises(ValueError, match=r"d: 'open \\udce9' is no text in UTF-8"):
+        columns.checked({"dtype": "string", "shape": [1]}, ["a", "open \udce9"], "d")
+
+
 def test_a_video_of_no_colours_is_refused():
     with pytest.raises(ValueError, match=r"d: 'top'.* only colour pictures"):
         columns.check_feature("top", VIDEO | {"shape": [4, 6, 1]}, "d")

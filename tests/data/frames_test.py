@@ -87,13 +87,17 @@ def test_channels_first_in_the_declaration_are_last_in_the_array(dataset, images
 @pytest.mark.parametrize("part", [slice(0, 0), slice(0, 60), slice(9, None)])
 def test_a_damaged_picture_is_named(dataset, images, part):
     _replace(dataset, 2, pictures.png(images[2])[part])
-    with pytest.raises(ValueError, match=r"/d: 'top', frame 2: .* copy or record"):
+    with pytest.raises(
+        ValueError, match=r"/d: 'top', frame 2 of episode 0, in file-000.parquet: .* copy or record"
+    ):
         frames.load(dataset, "top")
 
 
 def test_a_picture_without_bytes_is_named(dataset):
     _replace(dataset, 1, None)
-    with pytest.raises(ValueError, match="'top', frame 1, has no bytes"):
+    with pytest.raises(
+        ValueError, match="'top', frame 1 of episode 0, in file-000.parquet, has no bytes"
+    ):
         frames.load(dataset, "top")
 
 
@@ -106,7 +110,9 @@ def test_a_picture_without_bytes_is_named(dataset):
 )
 def test_a_picture_unlike_its_declaration_is_named(dataset, picture, found):
     _replace(dataset, 0, picture)
-    with pytest.raises(ValueError, match=rf"frame 0: .*expected RGB \[6, 8, 3\], found {found}"):
+    with pytest.raises(
+        ValueError, match=rf"frame 0 of episode 0, .*expected RGB \[6, 8, 3\], found {found}"
+    ):
         frames.load(dataset, "top")
 
 
@@ -196,7 +202,9 @@ def test_a_damaged_layout_is_made_again(dataset, images, small_memory, damage):
 
 def test_a_damaged_picture_leaves_no_layout(dataset, images, small_memory):
     _replace(dataset, 1, None)
-    with pytest.raises(ValueError, match="'top', frame 1, has no bytes"):
+    with pytest.raises(
+        ValueError, match="'top', frame 1 of episode 0, in file-000.parquet, has no bytes"
+    ):
         lerobot.open_dataset(dataset.path).frames("top").get([0])
     assert [path for path in small_memory.iterdir() if path.suffix != ".lock"] == []
 
@@ -305,6 +313,12 @@ def test_a_video_of_another_size_or_rate(video):
         times = pa.array(np.asarray(table["timestamp"]) / 2, pa.float32())
         place = table.schema.get_field_index("timestamp")
         pq.write_table(table.set_column(place, "timestamp", times), file)
+    for file in dataset.path.glob("meta/episodes/*/*.parquet"):
+        table = pq.read_table(file)
+        for name in (f"videos/{CAMERA}/from_timestamp", f"videos/{CAMERA}/to_timestamp"):
+            times = pa.array(np.asarray(table[name]) / 2)
+            table = table.set_column(table.schema.get_field_index(name), name, times)
+        pq.write_table(table, file)
     (dataset.path / "meta/info.json").write_text(json.dumps(info | {"fps": 20}))
     said = rf"{WHERE}.*\.mp4: pictures are|{WHERE}.*\.mp4: 10 frames/s, .*declares 20"
     with pytest.raises(ValueError, match=said):

@@ -287,6 +287,68 @@ def test_damage_inside_a_file_is_told(tmp_path):
         recordings.read(found, found.demos[0], as_files=False)
 
 
+def damage(path, *names):
+    """Makes the headers of groups or arrays unreadable."""
+    with h5py.File(path) as file:
+        places = [h5py.h5o.get_info(file[name].id).addr for name in names]
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place : place + 16] = b"\xff" * 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "data/demo_1: it cannot be read; the file may be damaged"),
+        ("/obs", "data/demo_1: 'obs': it cannot be read"),
+        ("/obs/object", "data/demo_1: 'obs/object': it cannot be read"),
+        ("/rewards", "data/demo_1: 'rewards': it cannot be read"),
+    ],
+)
+def test_damaged_demos_and_arrays_are_told_or_skipped(tmp_path, name, said):
+    path = tmp_path / "d.hdf5"
+    samples.robomimic(path, (2, 3, 4), cameras=())
+    damage(path, f"data/demo_1{name}")
+    with pytest.raises(ValueError, match=said):
+        recordings.scan(path)
+    found = recordings.scan(path, recordings.Options(skip_bad=True))
+    assert [demo.length for demo in found.demos] == [2, 4]
+    assert len(found.bad) == 1
+    assert said in found.bad[0]
+
+
+def test_a_damaged_camera_is_not_left_out(tmp_path):
+    path = tmp_path / "a" / "episode_0.hdf5"
+    path.parent.mkdir()
+    samples.aloha(path, cameras=("top", "wrist"))
+    damage(path, "observations/images/wrist")
+    with pytest.raises(ValueError, match="'observations/images/wrist': it cannot be read"):
+        recordings.scan(path)
+
+
+def test_a_first_demo_that_is_odd_is_the_one_that_is_skipped(tmp_path):
+    path = tmp_path / "d.hdf5"
+    samples.robomimic(path, (2, 3, 4, 5), cameras=())
+    with h5py.File(path, "r+") as file:
+        del file["data/demo_0/obs/object"], file["data/demo_3/obs"]
+        file["mask/train"] = np.array([b"demo_0", b"demo_2"])
+    with pytest.raises(ValueError, match="data/demo_1 differs from .*data/demo_0: 'observation.ob"):
+        recordings.scan(path)
+    found = recordings.scan(path, recordings.Options(skip_bad=True))
+    assert [demo.length for demo in found.demos] == [3, 4]
+    assert found.splits == {"train": [1]}
+    assert "observation.object" in found.fields
+    assert "data/demo_3: no arrays in 'obs'" in found.bad[0]
+    assert "dataset_states_to_obs.py" in found.bad[0]
+    assert "data/demo_0 differs from" in found.bad[1]
+    with h5py.File(path, "r+") as file:
+        for number in range(3):
+            del file[f"data/demo_{number}/obs"]
+    with pytest.raises(ValueError, match=r"in data/demo_0 \['actions.*dataset_states_to_obs.py"):
+        recordings.scan(path)
+
+
 def spoil(key, value):
     def change(demo):
         del demo[key]
@@ -392,8 +454,9 @@ def test_layouts_that_are_not_known(tmp_path):
         recordings.scan(path, recordings.Options(layout="robomimic"))
     with pytest.raises(ValueError, match="layout='droid'.*libero, robomimic, aloha"):
         recordings.Options(layout="droid")
-    with pytest.raises(ValueError, match="fps=-1"):
-        recordings.Options(fps=-1)
+    for fps in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"fps={fps}"):
+            recordings.Options(fps=fps)
 
 
 def test_files_of_one_source_agree(tmp_path):

@@ -236,6 +236,10 @@ def test_episode_statistics_as_stored(copies):
             assert stats["action"]["count"].tolist() == [len(rows)]
             assert stats[CAMERA]["mean"].shape == (3, 1, 1)
     assert (v3.robot_type, v2.robot_type) == ("2d pointer", "2d pointer")
+    for dataset in (v3, v2):
+        few = dataset.episode_stats([CAMERA])
+        assert [list(stats) for stats in few] == [[CAMERA]] * 8
+        np.testing.assert_equal(few[3][CAMERA], dataset.episode_stats()[3][CAMERA])
     (copies["pusht_v21_video"] / "meta/episodes_stats.jsonl").unlink()
     assert lerobot.open_dataset(copies["pusht_v21_video"]).episode_stats() is None
 
@@ -388,12 +392,13 @@ def test_episodes_may_lie_anywhere_on_video(copies):
     folder = path / prefix / "chunk-000"
     shutil.copytree(folder, path / prefix / "chunk-002")
     (path / prefix / "chunk-002/file-000.mp4").rename(path / prefix / "chunk-002/file-007.mp4")
-    swapped = {0: 26.9, 3: 0.0}  # episodes of 78 and 101 frames: the starts of 3 and of 0
+    swapped = {0: 26.9, 3: 0.0}  # episodes of 78 and 122 frames: the starts of 3 and of 0
     _edit_rows(
         path,
         EPISODES,
         **{
             f"{prefix}/from_timestamp": swapped,
+            f"{prefix}/to_timestamp": {0: 26.9 + 7.8, 3: 12.2},
             f"{prefix}/chunk_index": dict.fromkeys(range(2, 8), 2),
             f"{prefix}/file_index": dict.fromkeys(range(2, 8), 7),
         },
@@ -406,12 +411,39 @@ def test_episodes_may_lie_anywhere_on_video(copies):
     assert found.clip(CAMERA, 3) == (path / prefix / "chunk-002/file-007.mp4", 0)
 
 
-@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf, 1e300])
 def test_an_episode_that_is_nowhere_on_video(copies, value):
     path = copies["pusht_v30_video"]
     _edit_rows(path, EPISODES, **{f"videos/{CAMERA}/from_timestamp": {5: value}})
     with pytest.raises(ValueError, match=r"file-000\.parquet: episode 5 has .*from_timestamp"):
         lerobot.open_dataset(path).frames(CAMERA)
+
+
+@pytest.mark.parametrize(
+    ("name", "shift", "message"),
+    [
+        ("from", 0.5, r"episode 5 has \d+ frames, .* s after from_timestamp; correct"),
+        ("to", -0.1, r"episode 5 has \d+ frames, .* s after from_timestamp; correct"),
+        (
+            "from",
+            0.02,
+            r"episode 5 has .*from_timestamp .* expected a multiple of 1 / fps = 1 / 10",
+        ),
+    ],
+)
+def test_an_episode_that_lies_beside_its_frames_on_video(copies, name, shift, message):
+    path, column = copies["pusht_v30_video"], f"videos/{CAMERA}/{name}_timestamp"
+    value = pq.read_table(path / EPISODES)[column].to_pylist()[5]
+    _edit_rows(path, EPISODES, **{column: {5: value + shift}})
+    with pytest.raises(ValueError, match=rf"file-000\.parquet: {message}"):
+        lerobot.open_dataset(path).clip(CAMERA, 5)
+
+
+def test_an_end_on_video_need_not_be_told(copies):
+    path = copies["pusht_v30_video"]
+    table = pq.read_table(path / EPISODES).drop_columns([f"videos/{CAMERA}/to_timestamp"])
+    pq.write_table(table, path / EPISODES)
+    assert lerobot.open_dataset(path).clip(CAMERA, 1)[1] == 78
 
 
 def test_what_writers_leave_odd_does_not_matter(copies):
@@ -599,7 +631,14 @@ def test_damage_inside_a_data_file_is_named_when_read(copies):
         ({"total_episodes": 9}, "total_episodes = 9.*8 rows"),
         ({"fps": 0}, "fps is 0"),
         ({"fps": 9.5}, r"fps is 9\.5"),
+        ({"fps": 10**400}, "fps is 1000"),
+        ({"chunks_size": "x"}, "chunks_size is 'x', expected a whole number"),
         ({"features": {"action": {"shape": [2]}}}, "'action' needs dtype"),
+        ({"features": {"a": {"dtype": None, "shape": [2]}}}, r"'a' has dtype None and shape \[2\]"),
+        *(
+            ({"features": {"a": {"dtype": "int8", "shape": shape}}}, "'a' has dtype 'int8' and sha")
+            for shape in (None, 5, ["a"], [2.5], [-1], [10**400])
+        ),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)

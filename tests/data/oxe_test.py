@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policymix.data import oxe
+from policymix.data import loader, oxe, rlds
 from tests.data import rlds_support as support
 
 COMMANDS = st.lists(st.sampled_from([0.0, 0.02, 0.05, 0.3, 0.95, 0.97, 1.0]), min_size=1)
@@ -126,10 +126,15 @@ def test_binarized_gripper_is_the_loop_of_its_definition(commands):
     np.testing.assert_array_equal(oxe.binarized_gripper(commands), wanted[::-1])
 
 
-def test_initial_gripper_follows_from_the_first_command():
-    assert oxe.initially_open(np.array([0, -1.0, 1])) == 1  # it closes, so it was open
-    assert oxe.initially_open(np.array([0, 1.0, -1])) == 0
-    assert oxe.initially_open(np.zeros(3)) == 1
+@pytest.mark.parametrize("gripper", [oxe.binarized_gripper, oxe.absolute_gripper])
+def test_commands_that_are_no_numbers_stay_so(gripper):
+    commands = np.array([0.0, 0.08, -1, 1, 0, 1])
+    wanted = gripper(commands)
+    commands[[1, 4]] = np.nan, np.inf
+    np.testing.assert_array_equal(gripper(commands)[[1, 4]], [np.nan, np.inf])
+    np.testing.assert_array_equal(gripper(commands)[[0, 2, 3, 5]], wanted[[0, 2, 3, 5]])
+    assert gripper(commands).dtype == np.float32
+    assert gripper(np.zeros(0)).shape == (0,)
 
 
 def _droid(length=40, texts=(b"one", b"two", b"three")):
@@ -196,6 +201,8 @@ def test_failures_of_droid_are_refused():
     assert refuses({}, {"file_path": b"/lab/failure/2023"}) == "the attempt failed"
     assert refuses({}, {"file_path": b"/lab/success/2023"}) == ""
     assert refuses({}, {}) == ""
+    assert refuses({}, {"file_path": "/lab/failure"}) == "the attempt failed"
+    assert refuses({}, {"file_path": "/lab/success"}) == ""
     assert oxe.find("bridge_dataset").refuses({}, {"file_path": b"/failure"}) == ""
 
 
@@ -235,35 +242,21 @@ def test_fractions_are_weights_times_sizes():
             oxe.fractions(weights, sizes)
 
 
-def test_windows_equal_octos_but_for_completion(golden):
+def test_the_loaders_windows_are_octos(golden, tmp_path, monkeypatch):
+    monkeypatch.setenv("POLICYMIX_CACHE", str(tmp_path / "cache"))
+    tree = {"steps": {"state": ("float32", 1), "action": ("float32", 1)}}
     for name, case in golden["windows"].items():
         length, window, horizon = map(int, name.split("_"))
-        found = oxe.windows(length, window, horizon)
-        np.testing.assert_array_equal(found.observations, case["observation"])
-        np.testing.assert_array_equal(found.observation_mask, case["mask"])
-        np.testing.assert_array_equal(found.actions, case["action"])
-        # Octo counts from t - (window + 1), two steps before the window's first.
-        real = found.observation_mask[:, :, None] & np.ones_like(found.done)
-        late = np.zeros_like(found.done)
-        late[:, :, 2:] = found.done[:, :, :-2]
-        inside = real & (np.arange(horizon) >= 2)
-        np.testing.assert_array_equal(case["completed"][inside], late[inside])
-
-
-def test_windows_repeat_the_first_observation_and_the_last_action():
-    found = oxe.windows(4, 2, 3)
-    assert found.observations[0].tolist() == [0, 0]
-    assert found.observation_mask[0].tolist() == [False, True]
-    assert found.actions[3].tolist() == [[2, 3, 3], [3, 3, 3]]
-    assert found.action_mask[3].tolist() == [[True, True, False], [True, False, False]]
-    assert found.done[3].tolist() == [[False, True, True], [True, True, True]]
-    goal = oxe.windows(4, 1, 3, goal=np.array([1, 2, 2, 3]))
-    assert goal.done[:, 0].tolist() == [
-        [False, True, True],
-        [False, True, True],
-        [True, True, True],
-        [True, True, True],
-    ]
-    assert oxe.windows(0, 2, 3).actions.shape == (0, 2, 3)
-    with pytest.raises(ValueError, match="window=0"):
-        oxe.windows(4, 0, 3)
+        # Behind another episode, whose frames must not be seen.
+        every = [
+            {f"steps/{key}": np.arange(length, dtype=np.float32) + start for key in tree["steps"]}
+            for start in (100, 0)
+        ]
+        dataset = rlds.open_dataset(support.written(tmp_path / name, tree, every))
+        chunks = loader.ActionChunks(dataset, horizon, [1], state_key="state", window=window)
+        found = chunks.get(np.arange(length))
+        state = found["state"].reshape(length, window)
+        np.testing.assert_array_equal(state, case["observation"])
+        if window > 1:
+            np.testing.assert_array_equal(~found["state_is_pad"], case["mask"])
+        np.testing.assert_array_equal(found["actions"][..., 0], case["action"][:, -1])

@@ -11,6 +11,8 @@ import sys
 
 import numpy as np
 
+from policymix.data import examples, tfds, tfrecord
+
 TESTDATA = pathlib.Path(__file__).parents[1] / "testdata" / "rlds"
 SIDE = 20
 LENGTHS = (5, 4, 6, 2, 5)
@@ -77,6 +79,38 @@ def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def declared(tree):
+    """Features as features.json has them: dicts, "text", "image", a class's name, or (dtype,
+    *shape); "steps" are a nested dataset.
+    """
+    if isinstance(tree, dict):
+        inside = {key: declared(value) for key, value in tree.items()}
+        if "steps" in inside:
+            feature = {"feature": inside["steps"]}
+            inside["steps"] = {"pythonClassName": "x.Dataset", "sequence": feature}
+        return {"pythonClassName": "x.FeaturesDict", "featuresDict": {"features": inside}}
+    if isinstance(tree, tuple):
+        dtype, *shape = tree
+        tensor = {"dtype": dtype, "shape": {"dimensions": [str(n) for n in shape]}}
+        return {"pythonClassName": "x.Tensor", "tensor": tensor}
+    if tree == "image":
+        shape = {"dimensions": ["-1", "-1", "3"]}
+        return {"pythonClassName": "x.Image", "image": {"shape": shape}}
+    return {"pythonClassName": f"x.{tree.title()}", tree: {}}
+
+
+def written(folder, tree, episodes, name="made"):
+    """A dataset of one shard whose records are `episodes`, {key: list of bytes, or an array}."""
+    folder.mkdir(parents=True)
+    (folder / tfds.FEATURES).write_text(json.dumps(declared(tree)))
+    split = {"name": "train", "shardLengths": [str(len(episodes))]}
+    (folder / tfds.INFO).write_text(json.dumps({"name": name, "splits": [split]}))
+    with tfrecord.writing(folder / f"{name}-train.tfrecord-00000-of-00001") as writer:
+        for episode in episodes:
+            writer.write(examples.serialize(episode))
+    return folder
 
 
 def _scene(t, side, shift):

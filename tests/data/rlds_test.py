@@ -154,7 +154,7 @@ def test_flat_episodes():
         e["language_instruction"] for e, n in zip(episodes, lengths, strict=True) for _ in range(n)
     ]
     assert said == wanted
-    for name, why in (("points", "shape varies"), ("observation.images.far", "of float32")):
+    for name, why in (("points", "a sequence of it"), ("observation.images.far", "of float32")):
         with pytest.raises(ValueError, match=f"'{name}' is not in the index, since.*{why}"):
             dataset.column(name)
 
@@ -205,7 +205,146 @@ def test_the_index_is_made_once_and_again_when_shards_change(bridge, cache, capf
     changed = rlds.open_dataset(bridge)
     assert changed.column("reward")[0] == 7
     assert changed.fingerprint() != first.fingerprint()
-    assert [path.name for path in _made(cache)] == [folder.name]
+    (other,) = _made(cache)
+    assert other != folder
+    with pytest.raises(FileNotFoundError, match="indexed anew.*open the dataset again"):
+        first.column("discount")  # not that of the other shards
+
+
+def test_an_index_that_lost_a_part_is_made_again(bridge, cache):
+    wanted = np.array(rlds.open_dataset(bridge).column("reward"))
+    (folder,) = _made(cache)
+    (folder / "0001.npy").unlink()
+    np.testing.assert_array_equal(rlds.open_dataset(bridge).column("reward"), wanted)
+    for path in folder.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-8])
+    np.testing.assert_array_equal(rlds.open_dataset(bridge).column("reward"), wanted)
+
+
+def test_a_cache_that_cannot_be_written_says_which_variable_to_set(bridge, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POLICYMIX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file/rlds: .*cannot be written.*set POLICYMIX_CACHE"):
+        rlds.open_dataset(bridge)
+
+
+def test_indexing_holds_one_episode_in_memory(tmp_path):
+    tree = {"steps": {"image": "image", "state": ("float32", 7), "language_instruction": "text"}}
+    blob = bytes(2_000_000)
+    episode = {"steps/image": [blob] * 2, "steps/state": np.ones((2, 7))}
+    episode["steps/language_instruction"] = [b"go"] * 2
+    path = support.written(tmp_path / "made", tree, [episode] * 20)
+    program = (
+        "import sys; from policymix import memory; from policymix.data import rlds_index, tfds\n"
+        "builder = tfds.Builder(sys.argv[1])\n"
+        "options = rlds_index.Options(builder.path, 'train', '', False, False)\n"
+        "(shard,), before = builder.shards('train'), memory.peak_bytes()\n"
+        "part = rlds_index.index_shard((options, builder.features, shard))\n"
+        "print(part.lengths.sum(), memory.peak_bytes() - before)"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    steps, grown = map(int, done.stdout.split())
+    assert steps == 40
+    assert grown < 30e6  # of 80 MB
+
+
+def test_what_is_not_kept_is_not_decoded(tmp_path):
+    flat = support.copied("flat_tiny", tmp_path)
+
+    def spoil(_, found):
+        found["dynamic/value"] = [b"no zlib"]
+        found["observation/state"] = np.asarray(found["observation/state"])
+
+    _change(flat, spoil)
+    with pytest.raises(ValueError, match="feature 'dynamic'"):
+        list(tfds.Builder(flat).episodes())
+    assert rlds.open_dataset(flat).num_frames == 14
+
+
+def test_a_standardisation_that_does_not_fit_is_no_damage(bridge):
+    with pytest.raises(ValueError, match="'fractal20220817_data' does not fit"):
+        rlds.open_dataset(bridge, "fractal20220817_data", skip_bad=True)
+
+
+STEPS = {"action": ("float32", 2), "language_instruction": "text"}
+
+
+def _steps(length=3, **more):
+    steps = {"action": np.ones((length, 2)), "language_instruction": [b"go"] * length} | more
+    return {f"steps/{key}": values for key, values in steps.items()}
+
+
+def test_features_of_one_name_are_both_kept_or_told(tmp_path, capfd):
+    tree = {"image": "image", "observation": {"image": "image", "index": ("int64",)}}
+    tree["observation"]["images"] = {"raw": ("int64", 2)}
+    tree |= {"timestamp": ("float32",), "a.b": ("int64",), "a": {"b": ("int64",)}, "x": "audio"}
+    pictures = [b"one", b"two"], [b"three", b"4"]
+    more = {"image": pictures[0], "observation/image": pictures[1], "a.b": np.arange(2)}
+    more["observation/images/raw"] = np.arange(4)
+    more |= {"observation/index": np.arange(2), "timestamp": np.ones(2), "a/b": np.arange(2)}
+    path = support.written(tmp_path / "made", {"steps": STEPS | tree}, [_steps(2, **more)])
+    file = support.shard(path).read_bytes()
+    index = rlds_index.index_shard(
+        (
+            rlds_index.Options(path, "train", "", False, False),
+            tfds.Builder(path).features,
+            tfds.Builder(path).shards("train")[0],
+        )
+    )
+    for name, wanted in zip(("image", "observation.image"), pictures, strict=True):
+        ranges = index.pictures[f"observation.images.{name}"]
+        assert [file[start : start + length] for start, length in ranges] == wanted
+    assert index.columns.keys() == {"action", "a.b", "observation.index"}
+    _, left = rlds_index.declared(tfds.Builder(path).features)
+    assert "made here" in left["timestamp"]
+    assert "name is that of pictures" in left["observation.images.raw"]
+    assert left["a/b"] == "'a.b' has that name already"
+    assert left["x"] == "it is of the kind Audio, which is not read"
+    with pytest.raises(ValueError, match="no picture"):
+        rlds.open_dataset(path)
+    whole = {"steps": STEPS | {"timestamp": ("float32",)}}
+    made = support.written(tmp_path / "other", whole, [_steps(2, timestamp=np.ones(2))])
+    dataset = rlds.open_dataset(made, fps=10)
+    assert dataset.left_features.keys() == {"timestamp"}
+    assert "features are left out, timestamp: its name" in capfd.readouterr().err
+    assert dataset.column("timestamp")[1] == np.float32(0.1)
+
+
+def test_numbers_are_no_instruction_and_texts_are_counted(tmp_path):
+    tree = {"steps": {"action": ("float32", 2)}, "episode_metadata": {"instruction": ("int64",)}}
+    episode = {"steps/action": np.ones((3, 2)), "episode_metadata/instruction": np.array([7])}
+    path = support.written(tmp_path / "number", tree, [episode])
+    assert rlds.open_dataset(path).tasks == [""]
+    several = {"pythonClassName": "x.Sequence", "sequence": {"feature": support.declared("text")}}
+    tree = support.declared(tree)
+    about = tree["featuresDict"]["features"]["episode_metadata"]["featuresDict"]["features"]
+    about["instruction"] = several
+    (path / tfds.FEATURES).write_text(json.dumps(tree))
+    _change(path, lambda _, found: found.update({"episode_metadata/instruction": [b"a", b"b"]}))
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match="episode 0: 'instruction' has 2 entries for 3 steps"):
+            rlds.open_dataset(path, skip_bad=skip_bad)
+
+
+def test_empty_episodes_are_told_as_such(tmp_path):
+    episodes = [_steps(), _steps(0), _steps(2, language_instruction=[b""] * 2)]
+    path = support.written(tmp_path / "made", {"steps": STEPS}, episodes)
+    dataset = rlds.open_dataset(path, skip_unlabeled=True)
+    assert dataset.left_out == {"without a step": [1], "without an instruction": [2]}
+
+
+def test_odd_declarations_are_explained_or_read(tmp_path):
+    path = support.written(tmp_path / "empty", {"steps": STEPS | {"image": "image"}}, [_steps(0)])
+    with pytest.raises(ValueError, match="no episode of 'train' has a step"):
+        rlds.open_dataset(path)
+    path = support.written(tmp_path / "text", {"steps": {"word": "text"}}, [])
+    with pytest.raises(ValueError, match=r"features.json: no feature of steps.*'steps/word'"):
+        rlds.open_dataset(path)
+    path = support.written(
+        tmp_path / "scalars", {"steps": ("float32",)}, [{"steps": np.arange(3.0)}]
+    )
+    assert rlds.open_dataset(path).column("steps").tolist() == [0, 1, 2]
 
 
 def test_fingerprint_is_of_the_content(bridge, tmp_path):
@@ -495,12 +634,28 @@ def test_work_for_shards_comes_back_in_order(num_bytes):
     assert list(shards.over(square, [], 2, num_bytes)) == []
 
 
+def unpicklable(number):
+    return lambda: number
+
+
+def ended(number):
+    os._exit(number)
+
+
+def test_answers_that_cannot_be_sent_and_ends_without_one_are_told(capfd):
+    with pytest.raises(RuntimeError, match="pickle"):
+        list(shards.over(unpicklable, [1, 2], 2, 1 << 40))
+    with pytest.raises(OSError, match="ended with exit code 3$"):
+        list(shards.over(ended, [3, 3], 2, 1 << 40))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_errors_of_other_processes_come_back_in_order():
     found = shards.over(square, [1, 7, 2], 2, 1 << 40)
     assert next(found) == 1
     with pytest.raises(ValueError, match="seven"):
         next(found)
-    with pytest.raises(OSError, match="was killed by SIGKILL"):
+    with pytest.raises(OSError, match="was killed by SIGKILL.*fewer workers"):
         list(shards.over(square, [1, 9, 2], 2, 1 << 40))
 
 

@@ -71,6 +71,43 @@ def test_stored_statistics_of_pictures_are_taken():
     assert statistics.of_pictures(black, "d")["std"].sum() == 0  # which is right
 
 
+def by_lerobot_04(images):
+    """The deviation as LeRobot 0.4 computes it, from squares that are kept in bytes."""
+    found = histogram_of(images)
+    squares = (images**2).astype(float).mean((0, 1, 2)).reshape(3, 1, 1) / 255**2  # modulo 256
+    return found | {"std": np.sqrt(np.maximum(0, squares - found["mean"] ** 2))}
+
+
+@pytest.mark.parametrize("brightest", [12, 16, 25, 40, 120, 255])
+def test_deviations_of_squares_in_bytes_are_not_believed(brightest):
+    rng = np.random.default_rng(brightest)
+    images = rng.integers(0, brightest + 1, (4, 32, 32, 3), dtype=np.uint8)
+    right, wrong = histogram_of(images), by_lerobot_04(images)
+    if brightest < 16:
+        np.testing.assert_allclose(wrong["std"], right["std"])
+        assert statistics.of_pictures(wrong, "d") is not None
+    else:
+        assert (np.abs(wrong["std"] / right["std"] - 1) > 1e-4).any()
+        assert statistics.of_pictures(wrong, "d") is None
+    bright = brightest > 25
+    assert (statistics.of_pictures(right, "d") is not None) == (bright or brightest < 16)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7))
+def test_a_running_total_is_of_all_episodes(given):
+    images = np.random.default_rng(0).integers(0, 256, (2 * len(given), 4, 4, 3), dtype=np.uint8)
+    total = statistics.Total()
+    for part, known in zip(np.split(images, len(given)), given, strict=True):
+        counts = sum(map(statistics.histogram, part))
+        one = statistics.Pictures(counts, len(part))
+        total.add(statistics.Pictures(known=one.stats()) if known else one)
+    found, whole = total.stats(), histogram_of(images)
+    for name in statistics.MOMENTS:
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-12)
+    if not any(given):
+        np.testing.assert_equal(found, whole)
+
+
 @pytest.mark.parametrize(
     "changes", [{"std": np.zeros((3, 1, 1))}, {"mean": None}, {"count": [0]}, {"count": None}]
 )

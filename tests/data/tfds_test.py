@@ -123,10 +123,6 @@ def test_features_in_the_older_form(bridge):
     ("change", "said"),
     [
         (lambda c: c.pop("featuresDict"), "expected a FeaturesDict"),
-        (
-            lambda c: c["featuresDict"]["features"].update(x={"pythonClassName": "a.Audio"}),
-            "'x' is of the kind Audio",
-        ),
         (lambda c: c["featuresDict"]["features"].update(x=3), "as tfds writes them"),
         (
             lambda c: c["featuresDict"]["features"].update(
@@ -143,6 +139,19 @@ def test_odd_features_are_explained(bridge, change, said):
     assert str(bridge / tfds.FEATURES) in str(error.value)
 
 
+def test_features_of_other_kinds_are_left_out(bridge):
+    def add(content):
+        content["featuresDict"]["features"]["x"] = {"pythonClassName": "a.Audio", "audio": {}}
+
+    wanted = _episodes(bridge, decode=False)
+    support.edit_json(bridge / tfds.FEATURES, add)
+    for episode, other in zip(_episodes(bridge, decode=False), wanted, strict=True):
+        assert episode.keys() == other.keys()
+    (leaf,) = (leaf for leaf in features.leaves(tfds.Builder(bridge).features) if leaf.key == "x")
+    with pytest.raises(ValueError, match="'x': it is of the kind Audio"):
+        features.decode(leaf, {})
+
+
 def test_missing_and_torn_descriptions_are_named(bridge):
     (bridge / tfds.FEATURES).write_text("{")
     with pytest.raises(ValueError, match="features.json is not readable JSON"):
@@ -156,6 +165,13 @@ def test_missing_and_torn_descriptions_are_named(bridge):
     ("change", "said"),
     [
         (lambda c: c.pop("splits"), "expected name and splits"),
+        (lambda c: c.update(splits={"train": 5}), "expected name and splits"),
+        (lambda c: c["splits"][0].pop("name"), "None is no name of a dataset"),
+        (lambda c: c.update(name="../../x"), "'../../x' is no name"),
+        (lambda c: c.update(name=".."), "'..' is no name"),
+        (lambda c: c.update(version="/tmp"), "'/tmp' is no name"),
+        (lambda c: c.update(configName="a/b"), "'a/b' is no name"),
+        (lambda c: c["splits"][0].update(name="../train"), "'../train' is no name"),
         (lambda c: c.update(fileFormat="array_record"), "fileFormat is array_record"),
         (lambda c: c["splits"][0].update(shardLengths=["2", "x"]), "expected shardLengths"),
         (lambda c: c["splits"][0].update(filepathTemplate="../{SPLIT}"), "leads out of"),
@@ -281,6 +297,13 @@ def test_missing_sequences_are_empty(bridge):
     first = _episodes(bridge)[0]
     assert first["steps"]["reward"].shape == (0,)
     assert first["steps"]["reward"].dtype == np.float32
+
+
+def test_a_missing_optional_number_is_the_least_there_is(recwarn):
+    shape, dtype = (2,), np.dtype(np.float64)
+    leaf = features.Leaf("x", "tensor", shape, dtype, optional=True)
+    np.testing.assert_array_equal(features.decode(leaf, {}), [-np.inf] * 2)
+    assert not recwarn.list
 
 
 def test_memory_stays_small(tmp_path):

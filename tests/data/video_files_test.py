@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from policymix.data import video_files
+from policymix.data import video_files, videos
 from policymix.data.video_files import Clip, Format
 
 FPS = 10
@@ -284,6 +284,42 @@ def test_a_video_of_another_size_or_rate_is_told(tmp_path):
         segment(Clip(path, 0, 5, FPS), "h264")
     with pytest.raises(ValueError, match=r"is of size \[48, 64\] .*expected \[48, 96\]"):
         segment(Clip(path, 0, 5, FPS), "h264", shape=(48, 96))
+
+
+@pytest.mark.parametrize("codec", video_files.CODECS)
+def test_a_video_that_is_cut_off_anywhere_is_told(codec, tmp_path):
+    """Also in its header, where what the video's codec is has not been told yet."""
+    write(tmp_path / "a.mp4", segment(pictures(10), codec))
+    content = (tmp_path / "a.mp4").read_bytes()
+    for kept in range(900):
+        (tmp_path / "a.mp4").write_bytes(content[:kept])
+        with pytest.raises(ValueError, match="d, episode 0: 'top': .*a.mp4"):
+            segment(Clip(tmp_path / "a.mp4", 0, 10, FPS), codec)
+
+
+@pytest.mark.parametrize(("fps", "scale"), [(10, 90_000), (29, 90_000), (29, 16_000)])
+@pytest.mark.parametrize("off", [0, 0.1])
+def test_what_the_reader_refuses_is_not_copied(fps, scale, off, tmp_path):
+    """Frame 7 lies `off` frames late; else times are only rounded to the clock of the file."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", fps, options={"g": "2", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *SHAPE, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = fractions.Fraction(1, scale)
+        for k, picture in enumerate(pictures(10)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = round((k + (off if k == 7 else 0)) * scale / fps)
+            frame.time_base = stream.time_base
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    clip, reader = Clip(tmp_path / "a.mp4", 0, 10, fps), videos.Reader(tmp_path / "a.mp4", fps)
+    if off:
+        with pytest.raises(videos.NoFrame):
+            reader.get(np.arange(10))
+        with pytest.raises(ValueError, match=rf"no multiple of 1/{fps} s \(within 0.0001 s\)"):
+            segment(clip, "h264", fps=fps)
+    else:
+        assert segment(clip, "h264", fps=fps).copied
+        reader.get(np.arange(10))
 
 
 def test_a_disk_that_is_full_is_told(tmp_path):

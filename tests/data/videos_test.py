@@ -152,6 +152,15 @@ def test_a_file_that_is_cut_off(tmp_path, kept, index_first):
     assert "\n" not in str(e.value)
 
 
+def test_a_file_that_is_cut_off_anywhere_is_called_so(tmp_path):
+    """Also in its header, where what the video's codec is has not been told yet."""
+    path, content = tmp_path / "a.mp4", FILE.read_bytes()
+    for kept in range(900):
+        path.write_bytes(content[:kept])
+        with pytest.raises(ValueError, match=r"whole video|cut off|holds no video"):
+            videos.Reader(path)
+
+
 def test_damage_inside_is_named_with_its_frame(tmp_path):
     content = bytearray(FILE.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 3000] = bytes(3000)

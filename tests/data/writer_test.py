@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -355,6 +356,53 @@ def test_features_that_cannot_be_written(name, feature, message, tmp_path):
         writer.Writer(tmp_path / "d", fps=10, features={name: feature})
     assert message in str(raised.value)
     assert repr(name) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": {"a": VECTOR | {"names": np.array(["x", "y"])}}}, "feature 'a' is .* JSON"),
+        ({"features": {"\udce9": VECTOR}}, "feature .* JSON"),
+        ({"robot_type": float("nan")}, "robot_type is nan, which JSON has no words for"),
+        ({"data_files_size_in_mb": float("nan")}, "size of files is .* JSON has no words"),
+        ({"fps": float("nan")}, "fps is nan; expected a whole number, 1 or more"),
+        ({"fps": "x"}, "fps is 'x'; expected a whole number"),
+        ({"fps": 9.5}, "fps is 9.5; expected a whole number"),
+        ({"chunks_size": 1.5}, "chunks_size is 1.5; expected a whole number"),
+    ],
+)
+def test_what_info_cannot_hold_is_told_at_the_start(options, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"/d: .*{message}") as raised:
+        writer.Writer(tmp_path / "d", **({"fps": 10, "features": {"a": VECTOR}} | options))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_task_that_no_file_can_hold_is_told_with_its_episode(tmp_path):
+    with writer.Writer(tmp_path / "d", fps=10, features={"a": VECTOR}) as opened:
+        opened.add_episode({"a": np.zeros((3, 2))}, "open")
+        with pytest.raises(ValueError, match=r"d, episode 1: task: 'open \\udce9' is no text"):
+            opened.add_episode({"a": np.zeros((3, 2))}, "open \udce9")
+    assert lerobot.open_dataset(tmp_path / "d").num_episodes == 1
+
+
+def test_shapes_may_be_of_numpy(tmp_path):
+    features = {"a": VECTOR | {"shape": (np.int64(2),)}}
+    dataset = write(tmp_path / "d", {"a": np.zeros((3, 2))}, features=features)
+    assert dataset.features["a"]["shape"] == [2]
+
+
+@pytest.mark.parametrize("version", writer.VERSIONS)
+def test_an_episode_takes_little_memory(version, tmp_path):
+    """Rows of the episode table, as Python objects, would take 40 KB each here."""
+    features = {f"f{k}": VECTOR | {"shape": [7]} for k in range(6)}
+    arrays = {name: np.ones((1, 7), np.float32) for name in features}
+    with writer.Writer(tmp_path / "d", fps=10, features=features, version=version) as opened:
+        tracemalloc.start()
+        for _ in range(600):
+            opened.add_episode(arrays, "push")
+        used, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert used < 600 * 20_000
 
 
 def test_an_error_in_the_block_leaves_nothing_and_the_old_dataset(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import pathlib
 import resource
 import shutil
 import signal
@@ -96,11 +97,25 @@ def test_different_robots_are_not_merged(source, tmp_path, options, message):
     assert not (tmp_path / "merged").exists()
 
 
-def test_codecs_may_differ_in_a_merge(tmp_path):
+@pytest.mark.parametrize("pictures", ["image", "video"])
+def test_images_and_videos_are_merged_as_what_is_asked_for(source, pictures, tmp_path):
+    other = support.write(tmp_path / "other", [2], video=VIDEOS[:1])
+    merged = edit("merge", [source, other], tmp_path / "merged", pictures=pictures)
+    assert [merged.features[name]["dtype"] for name in VIDEOS] == [pictures] * 2
+    for number, path, old in ((1, source, 1), (7, other, 0)):
+        mine, theirs = (
+            support.episode(merged, number), support.episode(lerobot.open_dataset(path), old),
+        )  # fmt: skip
+        but = VIDEOS if pictures == "video" else ()
+        support.check_same(*({k: v for k, v in d.items() if k not in but} for d in (mine, theirs)))
+
+
+def test_codecs_may_differ_in_a_merge(tmp_path, capsys):
     """The second is encoded anew; the rest is the same to the last bit."""
     one = support.write(tmp_path / "one", [1, 3], video=VIDEOS, codec="h264")
     two = support.write(tmp_path / "two", [2], video=VIDEOS, codec="av1")
     merged = edit("merge", [one, two], tmp_path / "merged")
+    assert f"merged: {VIDEOS[1]}: 1 of 3 episodes encoded anew" in capsys.readouterr().out
     assert merged.features[VIDEOS[0]]["info"]["video.codec"] == "h264"
     mine, theirs = support.episode(merged, 2), support.episode(lerobot.open_dataset(two), 0)
     support.check_same(*({k: v for k, v in d.items() if k not in VIDEOS} for d in (mine, theirs)))
@@ -192,6 +207,21 @@ def test_a_codec_that_info_json_has_wrong(tmp_path):
     _check_same(found, lerobot.open_dataset(source), range(7))
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_codec_is_known_without_the_first_video(damage, tmp_path, capsys):
+    source = support.write(tmp_path / "source", video=VIDEOS, codec="h264", version="v2.1")
+    for name in VIDEOS:
+        path = lerobot.open_dataset(source).clip(name, 0)[0]
+        content = path.read_bytes()
+        path.unlink()
+        if damage == "cut off":
+            path.write_bytes(content[:500])
+    found = edit("delete", source, tmp_path / "out", episodes="0")
+    assert found.features[VIDEOS[0]]["info"]["video.codec"] == "h264"
+    assert "encoded anew" not in capsys.readouterr().out
+    _check_same(found, lerobot.open_dataset(source), range(1, 7))
+
+
 def test_kept_pictures_keep_their_bytes(source, tmp_path):
     found = edit("recompute_stats", source, tmp_path / "out")
     for mine, theirs in zip(found.data_files, lerobot.open_dataset(source).data_files, strict=True):
@@ -244,6 +274,12 @@ def test_rewards_take_the_place_of_others(source, tmp_path):
     assert again.fingerprint() == found.fingerprint()
 
 
+def test_no_successes_are_none(source, tmp_path):
+    request = {"reward": "success_at_end", "episodes": ""}
+    found = edit("label_rewards", source, tmp_path / "out", **request)
+    assert not found.column("next.reward").any()
+
+
 def test_rewards_are_added(filmed, tmp_path):
     found = edit("label_rewards", filmed, tmp_path / "out", reward="-1", feature="penalty")
     assert found.features["penalty"] == {"dtype": "float32", "shape": [1], "names": None}
@@ -290,6 +326,24 @@ def test_bad_requests(source, tmp_path, operation, request_, message):
     with pytest.raises(ValueError, match=message):
         edit(operation, source, tmp_path / "out", **request_)
     assert not list(tmp_path.iterdir())
+
+
+def _command(*words):
+    program = pathlib.Path(edit_dataset.__file__).parents[2] / "experiments/edit_dataset.py"
+    return subprocess.run([sys.executable, program, *words], capture_output=True, text=True)
+
+
+def test_pictures_of_an_unknown_kind_are_not_imported(tmp_path):
+    done = _command("--operation=import_hdf5", "--source=a.hdf5", f"--output={tmp_path / 'out'}",
+                    "--pictures=vidoe")  # fmt: skip
+    assert done.returncode == 1
+    assert "--pictures=vidoe: value should be one of <|image|video>" in done.stderr
+
+
+def test_sources_may_be_named_one_by_one(source, tmp_path):
+    done = _command("--operation=merge", f"--source={source}", f"--source={source},{source}",
+                    f"--output={tmp_path / 'out'}", "--dry_run")  # fmt: skip
+    assert "out: 21 episodes" in done.stdout
 
 
 def test_a_dry_run_touches_nothing(filmed, tmp_path, capsys):

@@ -7,7 +7,7 @@ from configs import common
 from policymix.data import tokenizer
 from policymix.models import pi0
 from policymix.runs import encoding
-from policymix.transforms import images, normalize, prompts
+from policymix.transforms import compose, images, normalize, prompts, robots
 
 STATE, ACTION = 3, 2
 
@@ -93,6 +93,23 @@ def test_a_robots_table_fills_in_what_the_config_leaves_open():
     plain = encoding.wiring(data())
     assert (plain.state_keys, plain.scheme) == (("observation.state",), "mean_std")
     assert not plain.adapt.transforms
+
+
+def test_a_robots_numbers_are_adapted_as_its_table_or_the_config_says(stats):
+    kinds = {
+        ("aloha_sim", None): [robots.Aloha],
+        ("aloha_sim", False): [],
+        ("aloha", None): [robots.Aloha, compose.DeltaActions],
+        ("bridge", None): [],
+        ("bridge", True): [robots.SimplerBridge],
+        ("libero", False): [],
+    }
+    for (robot, adapt), wanted in kinds.items():
+        found = encoding.wiring(data(robot=robot, adapt=adapt)).adapt
+        assert [type(one) for one in found.transforms] == wanted
+    for robot in ("libero", ""):
+        with pytest.raises(ValueError, match="no adapter .*config.data.adapt"):
+            encoding.wiring(data(robot=robot, adapt=True))
 
 
 def test_grippers_of_bridge_are_not_normalised():

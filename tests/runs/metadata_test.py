@@ -2,12 +2,14 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from configs import common, pi0_small
+from policymix import files
 from policymix.data import writer
-from policymix.runs import encoding, metadata, pipeline, policies
+from policymix.runs import encoding, metadata, pipeline, policies, train
 
 PUSHT = pathlib.Path(__file__).parents[1] / "testdata" / "lerobot" / "pusht_v30_video"
 
@@ -73,9 +75,10 @@ def test_videos_fill_it_in_too():
 def test_what_the_config_says_stays(dataset):
     config = config_of(dataset, state_key="joints")
     config.model.update({"action_dim": 8, "proprio_dim": 6, "image_keys": ()})
-    assert metadata.complete(config).data.fps == 20
-    config.data.fps = 20
     assert metadata.complete(config) is config
+    assert metadata.complete(config, rate=True).data.fps == 20
+    config.data.fps = 20
+    assert metadata.complete(config, rate=True) is config
     config.model.image_keys = None
     assert metadata.complete(config).model.action_dim == 8
 
@@ -93,6 +96,45 @@ def test_without_a_dataset_there_is_nothing_to_fill_in():
         metadata.complete(config_of(""))
     with pytest.raises(ValueError, match="needs config.model.action_dim, which the config leaves"):
         policies.model_config(config_of(""), why="serving")
+
+
+def test_a_run_remembers_what_its_dataset_said(dataset, tmp_path):
+    config = config_of(dataset, state_key="joints,gripper", num_threads=1)
+    config.train.update({"num_steps": 2, "batch_size": 2})
+    train.train(config, tmp_path / "run", devices=jax.devices()[:1])
+    recorded = files.read_json(tmp_path / "run" / "config.json")
+    assert recorded["data"]["fps"] == 20
+    for checkpoint in ("run/2", "run/2/params"):
+        bare = config_of("")
+        config = metadata.complete(bare, checkpoint=str(tmp_path / checkpoint))
+        model = policies.model_config(config, why="the test")
+        assert (model.action_dim, model.proprio_dim) == (3, 5)
+        assert encoding.cameras(model, config.data) == {
+            "top": "observation.images.top",
+            "wrist": "observation.images.wrist",
+        }
+
+
+def test_speed_is_no_other_run(dataset, tmp_path):
+    config = config_of(dataset, state_key="joints,gripper", num_threads=1)
+    config.train.update({"num_steps": 1, "batch_size": 2})
+    train.train(config, tmp_path / "run", devices=jax.devices()[:1])
+    config.data.update({"num_threads": 2, "cache_mb": 0})
+    config.train.num_steps = 2
+    state = train.train(config, tmp_path / "run", devices=jax.devices()[:1])
+    assert int(state.step) == 2
+
+
+def test_cameras_are_called_by_what_tells_them_apart():
+    names = metadata.camera_names(["observation.images.left.rgb", "observation.images.right.rgb"])
+    assert list(names) == ["left_rgb", "right_rgb"]
+    assert metadata.camera_names(["top", "observation.images.wrist"]) == {
+        "top": "top",
+        "wrist": "observation.images.wrist",
+    }
+    assert metadata.camera_names([]) == {}
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        metadata.camera_names(["a_b", "a.b"] * 2)
 
 
 def test_datasets_are_named_in_one_way_only():

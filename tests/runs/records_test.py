@@ -39,11 +39,27 @@ def test_rows_follow_their_episodes_and_are_renumbered(source, tmp_path):
         "camera,lens\ntop,8\n",
         "video,who\nepisode_000001.mp4,Bo\nlost,Cy\n",
         "episode_index,who\n1,Bo\n?,Cy\n",
+        "episode_index,who\n1,Bo\n1.5,Cy\n",
     ],
 )
-def test_what_names_no_episodes_is_copied_whole(source, tmp_path, text):
+def test_what_names_no_episodes_is_copied_whole(source, tmp_path, text, capsys):
     (source.path / "meta/record.csv").write_text(text)
     assert _written(tmp_path, (source, 1)) == {"record.csv": text}
+    assert "meta/record.csv: a row names no episode, so all are copied" in capsys.readouterr().out
+
+
+def test_numbers_as_pandas_writes_them(source, tmp_path, capsys):
+    (source.path / "meta/record.csv").write_text("episode_index,who\n0.0,Bo\n 2.0,Cy\n1.,Di\n")
+    assert _written(tmp_path, (source, 1), (source, 2)) == {
+        "record.csv": "episode_index,who\n1,Cy\n0,Di\n"
+    }
+    assert not capsys.readouterr().out
+
+
+def test_what_holds_nothing_is_left_out(source, tmp_path):
+    (source.path / "meta/record.csv").write_text("\n")
+    (source.path / "meta/old_record.csv").mkdir()
+    assert _written(tmp_path, (source, 1)) == {}
 
 
 def test_two_sources_share_a_file(source, tmp_path):
@@ -56,7 +72,7 @@ def test_two_sources_share_a_file(source, tmp_path):
     }
 
 
-@pytest.mark.parametrize("text", [b"a,b\n1\n", b'a,b\n"1,2\n', b"a,b\n\xff,2\n", b""])
+@pytest.mark.parametrize("text", [b"a,b\n1\n", b'a,b\n"1,2\n', b"a,b\n\xff,2\n"])
 def test_no_table(source, text):
     (source.path / "meta/record.csv").write_bytes(text)
     with pytest.raises(ValueError, match=r"meta/record.csv is no table"):

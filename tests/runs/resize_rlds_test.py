@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pathlib
 import resource
@@ -81,6 +82,46 @@ def test_depth_is_left_and_grey_is_not(tmp_path, capsys):
         for name in ("depth", "far", "state"):
             np.testing.assert_array_equal(after["observation"][name], before["observation"][name])
     assert (target / "label.labels.txt").read_text() == (flat / "label.labels.txt").read_text()
+
+
+def test_masks_are_left(tmp_path, capsys):
+    flat = support.copied("flat_tiny", tmp_path)
+    content = json.loads((flat / tfds.FEATURES).read_text())
+    change = {"observation/gray": {"shape": [12, 16, 1], "encoding": "png"}}
+    (flat / tfds.FEATURES).write_text(json.dumps(features.redeclared(content, change)))
+    target = resize_rlds.run(flat, tmp_path / "out", size=24)
+    assert "observation/gray: left as it is (one channel that is not JPEG" in (
+        capsys.readouterr().out
+    )
+    for before, after in zip(_examples(flat), _examples(target), strict=True):
+        assert before["observation/gray"].tolist() == after["observation/gray"].tolist()
+
+
+def test_configurations_do_not_replace_each_other(bridge, tmp_path):
+    for name in ("one", "two"):
+        support.edit_json(bridge / tfds.INFO, lambda c, name=name: c.update(configName=name))
+        target = resize_rlds.run(bridge, tmp_path / "out", size=16)
+        assert target == tmp_path / "out" / "bridge_tiny" / name / "1.0.0"
+        assert tfds.Builder(target).num_episodes() == 5
+
+
+# SHA-256 of the pixels that tf.io.decode_jpeg finds in what tf.io.encode_jpeg writes (2.21) of
+# default_rng(quality).integers(0, 256, shape, uint8).
+TENSORFLOWS = {
+    (90, (37, 50, 3)): "e1d2302ed2eb5465",
+    (95, (37, 50, 3)): "006cacf2e5fdf99b",
+    (95, (64, 64, 1)): "abe369a25ba99fae",
+    (100, (16, 16, 3)): "0d095514c80d95e3",
+}
+
+
+@pytest.mark.parametrize(("quality", "shape"), TENSORFLOWS)
+def test_jpeg_is_tensorflows(quality, shape):
+    image = np.random.default_rng(quality).integers(0, 256, shape, dtype=np.uint8)
+    data = resize_rlds.encode(image, quality)
+    found = features.picture(data, shape, np.dtype(np.uint8))
+    said = hashlib.sha256(found.tobytes()).hexdigest()
+    assert said.startswith(TENSORFLOWS[quality, shape])
 
 
 def test_pictures_of_that_size_are_not_touched(bridge, tmp_path, capsys):
@@ -206,6 +247,22 @@ def test_a_killed_run_leaves_nothing_that_is_read(bridge, tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["1.0.0"]
 
 
+def test_memory_is_that_of_few_copies_of_an_episode(bridge, tmp_path):
+    image = examples.parse(next(tfrecord.read(support.shard(bridge))).data)[IMAGES[0]][0]
+    tree = {"steps": {"image": "image", "text": "text"}}
+    episode = {"steps/image": [bytes(image)] * 2, "steps/text": [bytes(20_000_000)] * 2}
+    path = support.written(tmp_path / "made", tree, [episode] * 3)
+    program = (
+        "import sys; from policymix import memory; from policymix.runs import resize_rlds\n"
+        "before = memory.peak_bytes()\n"
+        "resize_rlds.run(sys.argv[1], sys.argv[2], size=8, num_workers=1)\n"
+        "print(memory.peak_bytes() - before)"
+    )
+    command = [sys.executable, "-c", program, str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 120e6  # three times an episode
+
+
 @pytest.mark.slow
 def test_tfds_opens_it_and_tensorflow_resizes_alike(bridge, tmp_path):
     reason = "needs the extra rlds"
@@ -228,4 +285,8 @@ def test_tfds_opens_it_and_tensorflow_resizes_alike(bridge, tmp_path):
         off = np.abs(theirs - resize_rlds.resize(image, 224))
         assert off.max() <= 1
         assert off.mean() < 0.001
+        for quality in (1, 75, 95, 100):
+            wanted = tf.io.decode_jpeg(tf.io.encode_jpeg(image, quality=quality)).numpy()
+            found = tf.io.decode_jpeg(resize_rlds.encode(image, quality)).numpy()
+            np.testing.assert_array_equal(found, wanted)
     assert pathlib.Path(opened.data_dir) == tmp_path / "out" / "bridge_tiny" / "1.0.0"

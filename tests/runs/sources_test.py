@@ -1,6 +1,7 @@
 """One dataset or several: shares of a batch, the order of examples, pictures, what is recorded."""
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -76,27 +77,50 @@ def open_sources(*chosen):
 # Shares of a batch
 
 
+def counts(fractions, batch_size, step):
+    before, after = (sources.drawn_before(fractions, batch_size, step + k) for k in (0, 1))
+    return (after - before).tolist()
+
+
 @hypothesis.given(
-    st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(1, 300), st.integers(0, 9)
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=5),
+    st.integers(1, 300),
+    st.integers(0, 10**6),
 )
-def test_counts_sum_to_the_batch_and_come_out_right_over_the_steps(weights, batch, first):
+def test_counts_sum_to_the_batch_and_come_out_right_over_the_steps(weights, batch, step):
     fractions = np.array(weights) / np.sum(weights)
-    steps = range(first * 1000, first * 1000 + 40)
-    found = np.array([sources.counts(fractions, batch, step) for step in steps])
     exact = fractions * batch
-    assert (found.sum(axis=1) == batch).all()
+    found = np.array(counts(fractions, batch, step))
+    assert found.sum() == batch
+    assert (found >= 0).all()
     assert np.abs(found - exact).max() < 1 + 1e-6
-    assert np.abs(found.sum(axis=0) - 40 * exact).max() < 4
+    drawn = sources.drawn_before(fractions, batch, step)
+    assert drawn.sum() == step * batch
+    assert np.abs(drawn - step * exact).max() < 2 + math.log2(step + 1) + 1e-6 * step
+
+
+@hypothesis.given(st.floats(0, 1), st.integers(0, 300))
+def test_points_are_counted(x, count):
+    points = [int(f"{k:b}"[::-1], 2) / (1 << k.bit_length()) for k in range(count)]
+    assert sources._points_below(x, count) == sum(point < x for point in points)
 
 
 def test_known_counts():
-    def counts(fractions, batch_size):
-        return [sources.counts(np.array(fractions), batch_size, k).tolist() for k in range(3)]
+    def three(fractions, batch_size):
+        return [counts(np.array(fractions), batch_size, k) for k in range(3)]
 
-    assert counts([0.25, 0.25, 0.5], 64) == [[16, 16, 32]] * 3
-    assert counts([0.75, 0.25], 8) == [[6, 2]] * 3
-    assert counts([1], 8) == [[8]] * 3
-    assert counts([0.5, 0.5], 1) == [[0, 1], [1, 0], [0, 1]]
+    assert three([0.25, 0.25, 0.5], 64) == [[16, 16, 32]] * 3
+    assert three([0.75, 0.25], 8) == [[6, 2]] * 3
+    assert three([1], 8) == [[8]] * 3
+    assert three([0.5, 0.5], 1) == [[0, 1], [1, 0], [0, 1]]
+
+
+def test_a_small_share_still_goes_through_its_dataset_epoch_by_epoch(paths):
+    opened, fractions = open_sources(*paths), np.array([0.9, 0.1])
+    drawn = [sources.draw(opened, fractions, 4, 7, step) for step in range(120)]
+    frames = [int(f) for batch in drawn if 1 in batch for f in batch[1]["state"][:, 1]]
+    assert len(frames) == pytest.approx(48, abs=2)
+    assert sorted(frames[:24]) == list(range(24))
 
 
 def test_fractions_are_normalised_and_go_by_frames_where_none_are_given():
@@ -342,7 +366,8 @@ def test_pictures_of_two_sizes_are_one_mixture(tmp_path):
         config = pictured(*chosen)
         config.data.cache_mb = cache_mb
         made = pipeline_of(config)
-        found = made.batch(0, 4).observation.images["base"]
+        found = next(made.batches(0, 1, 4)).observation.images["base"]
+        assert [bool(source._kept) for source in made.sources] == [cache_mb > 0] * 2
         drawn = sources.draw(made.sources, np.full(2, 0.5), 4, 42, 0)
         for row, (number, frame) in zip(found, origins(drawn), strict=True):
             raw = picture(number, [frame], (number, number))[0]
@@ -413,3 +438,51 @@ def test_training_selection_and_report_share_no_episode(tmp_path):
     parts = [set(source.train_episodes), episodes(selection), episodes(report)]
     assert set.union(*parts) == set(range(10))
     assert sum(map(len, parts)) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_threads": -1}, "config.data.num_threads is -1; it may not be negative"),
+        ({"num_processes": -1}, "config.data.num_processes is -1"),
+        ({"cache_mb": -1}, "config.data.cache_mb is -1"),
+        ({"seed": -1}, "config.data.seed is -1"),
+        ({"held_out": 1.5}, "config.data.held_out is 1.5; expected a fraction, 0 to 1"),
+    ],
+)
+def test_numbers_that_no_run_can_have(paths, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline_of(config_of(paths[0], **settings))
+
+
+@pytest.mark.parametrize("held_out", [-0.1, 1.0])
+def test_validation_refuses_what_cannot_be_held_out(paths, held_out):
+    made = pipeline_of(config_of(paths[1], held_out=0.5))
+    with pytest.raises(ValueError, match="config.mix.held_out is"):
+        made.validation(2, 4, held_out)
+
+
+def test_a_report_leaves_something_to_select_on(tmp_path):
+    made = pipeline_of(config_of(write(tmp_path / "a", 1, (4,) * 6), held_out=0.5))
+    selection, report = made.validation(2, 8, 0.9)
+    assert selection
+    assert report
+
+
+def test_a_base_that_knows_other_robots_only_gets_new_statistics(paths, tmp_path, capsys):
+    config = config_of(paths[0])
+    config.train.update({"num_steps": 1, "ema_decay": 0.0})
+    train.train(config, tmp_path / "base", devices=jax.devices()[:1])
+    base = tmp_path / "base" / "1"
+    (base / "assets" / "a").rename(base / "assets" / "droid")
+    shutil.copytree(base / "assets" / "droid", base / "assets" / "trossen")
+    config = config_of(paths[1], asset_id="mine")
+    config.train.init_from = str(base)
+    made = pipeline_of(config)
+    assert made.norm_stats_from == "the training episodes"
+    assert "has norm stats of droid, trossen, none of mine: new ones" in capsys.readouterr().out
+    config.data.asset_id = "droid"
+    assert pipeline_of(config).norm_stats_from == str(base)
+    config.data.asset_id = ""
+    with pytest.raises(ValueError, match="choose one with --config.data.asset_id"):
+        pipeline_of(config)

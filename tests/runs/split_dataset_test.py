@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from policymix.runs import split_dataset
 from tests.runs import episodes_support as support
 
 LENGTHS = support.LENGTHS
-# numpy's permutation of 7 with seed 42 and 1, dealt out: the same on every machine.
+# numpy's permutation of 7 with seed 42 and 1, dealt out.
 DEALT = {
     (42, 2): [[0, 1, 3, 6], [2, 4, 5]],
     (42, 3): [[0, 3, 4], [1, 2], [5, 6]],
@@ -190,6 +191,8 @@ def test_lists_of_episodes(source, tmp_path):
         ({"fractions": ["../a=0.9", "b=0.1"]}, "'../a' names no split"),
         ({"fractions": ["a=0.1", "b=0.9"]}, "fraction 0.1 of the 7 episodes .* none for a"),
         ({"fractions": ["0.5"], "lists": ["a=1"]}, "neither fractions nor sort_by"),
+        ({"fractions": ["0.5", "0.5"], "num_splits": 3}, "num_splits is 3, but fractions are .* 2"),
+        ({"lists": ["a=1", "b=2"], "num_splits": 4}, "num_splits is 4, but episodes are .* for 2"),
         ({"lists": ["a=0:4", "b=3,5"]}, "episodes 3 are in a and in b; splits share no episode"),
         ({"lists": ["a=0:4", "b=7"]}, r"episodes=b='7': '7' names .* has 0..6"),
         ({"lists": ["a=0:4", "b=5-6"]}, "'5-6' is neither a number nor a range; write 3,5:8"),
@@ -260,6 +263,18 @@ def test_a_missing_or_truncated_video_is_told(tmp_path, version):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"^{source}, episode \d.*{path}.*no such file"):
         split_dataset.split(source, tmp_path / "out", num_splits=2, dry_run=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_open_files_that_are_too_few_are_told_before_the_work(tmp_path):
+    source = support.write(tmp_path / "source", video=VIDEOS)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"7 datasets at a time .* allows 100: .* ulimit -n 106,"):
+            split_dataset.split(source, tmp_path / "out", num_splits=7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

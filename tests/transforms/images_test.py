@@ -115,6 +115,14 @@ def test_augmentation_is_openpis_for_the_same_key(compiled, dtype):
             np.testing.assert_allclose(found[camera], theirs, atol=2e-5)
 
 
+def test_augmentation_takes_typed_keys_and_bytes_or_floats():
+    pictures = {CHANGED: np.zeros((1, 8, 8, 3), np.int32)}
+    with pytest.raises(ValueError, match="pictures of int32; expected uint8, or floats"):
+        images.augment(jax.random.key(0), pictures)
+    with pytest.raises(ValueError, match=r"a key of jax.random.key, found an array of uint32"):
+        images.augment(jax.random.PRNGKey(0), golden.pictures())
+
+
 def test_the_golden_examples_show_every_case():
     given_ = golden.pictures()[PLAIN].astype(np.float32) / 255 * 2 - 1
     with np.load(golden.PATH) as expected:

@@ -98,6 +98,10 @@ def test_computed_statistics_are_numpys_over_all_leading_axes():
     with pytest.raises(ValueError, match="no data"):
         normalize.compute(np.zeros((0, 3)))
     values[7, 2, 1] = np.inf
+    with pytest.raises(ValueError, match="too large to be squared, in dimension 1"):
+        normalize.compute(np.array([[1, 1e300], [2, -1e300], [3, 1e300]]))
+    with pytest.raises(ValueError, match=r"without a number in them, \(5, 0\)"):
+        normalize.compute(np.zeros((5, 0)))
     with pytest.raises(ValueError, match="not finite, in dimension 1"):
         normalize.compute(values)
 

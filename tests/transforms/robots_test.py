@@ -65,9 +65,13 @@ def test_policies_trained_otherwise_say_so():
     np.testing.assert_array_equal(plain["actions"], given_["actions"])
     expected = given_["actions"] - np.append(given_["state"][:6], 0)
     np.testing.assert_array_equal(relative["actions"], expected)
-    sim = robots.transforms(robots.find("aloha_sim"), adapted=True, prompt="words")
+    sim = robots.transforms(robots.find("aloha_sim"), prompt="words")
     assert [type(t) for t in sim.transforms] == [compose.Repack, robots.Aloha]
     assert sim.transforms[0].structure["prompt"] == "words"
+    plain = robots.transforms(robots.find("aloha_sim"), adapted=False)
+    assert [type(t) for t in plain.transforms] == [compose.Repack]
+    with pytest.raises(ValueError, match="no adapter between .* there is one for aloha, "):
+        robots.transforms(libero, adapted=True)
 
 
 def test_alohas_conversions_are_openpis():
