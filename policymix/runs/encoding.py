@@ -118,6 +118,10 @@ class Encoder:
         actions = self._normalize.apply(adapted)["actions"].astype(np.float32)
         return Batch(self._observation(raw, adapted), _pad(actions, self.model.action_dim))
 
+    def normalized(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """{"state" [b, p], "actions" [b, h, a]} of a robot as the network has them, not padded."""
+        return self._normalize.apply(self.wiring.adapt.apply(raw))
+
     def actions(self, sampled: np.ndarray, state: np.ndarray) -> np.ndarray:
         """What the network sampled [b, h, action_dim] → actions of the robot, float32 [b, h, a].
 

@@ -18,6 +18,8 @@ from policymix.runs import sources as sources_lib
 from policymix.structs import Batch
 from policymix.transforms import normalize
 
+_STRANGE = 20  # of normalised numbers, on average
+
 
 class Pipeline:
     """Batches of one dataset, or of a mixture, for one model.
@@ -64,7 +66,10 @@ class Pipeline:
             stats, self.norm_stats_from = _find_norm_stats(config, own, asset_id, group, resumed)
             self._check_dimensions(group, stats)
             self.norm_stats[asset_id] = stats
-            self._encoders += [encoding.Encoder(model, own, stats)] * len(group)
+            encoder = encoding.Encoder(model, own, stats)
+            self._encoders += [encoder] * len(group)
+            for source in group:
+                _warn(source, encoder, self.norm_stats_from)
         self.encoder = self._encoders[0]
         if resumed:
             self._check_same_data(resumed)
@@ -209,6 +214,21 @@ def _check(data: ml_collections.ConfigDict) -> None:
             raise ValueError(f"config.data.{name} is {data[name]}; it may not be negative")
     if not 0 <= data.held_out <= 1:
         raise ValueError(f"config.data.held_out is {data.held_out}; expected a fraction, 0 to 1")
+
+
+def _warn(source: sources_lib.Source, encoder: encoding.Encoder, stats_from: str) -> None:
+    """Says so if statistics from elsewhere make strange numbers of a dataset's first examples."""
+    if source.train is None:
+        return
+    normalized = encoder.normalized(next(source.train.blocks()))
+    for key, values in normalized.items():
+        size = np.abs(values).reshape(-1, values.shape[-1]).mean(axis=0)
+        if (strange := np.flatnonzero(size > _STRANGE)).size:
+            print(
+                f"WARNING: with the norm stats of {stats_from}, {key}{strange.tolist()} of "
+                f"{source.dataset.path} are {size[strange[0]]:.0f} on average, where 1 is usual: "
+                "are they of another robot, or relative to the state in one and not in the other?"
+            )
 
 
 def _find_norm_stats(

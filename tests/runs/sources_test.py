@@ -486,3 +486,15 @@ def test_a_base_that_knows_other_robots_only_gets_new_statistics(paths, tmp_path
     config.data.asset_id = ""
     with pytest.raises(ValueError, match="choose one with --config.data.asset_id"):
         pipeline_of(config)
+
+
+def test_statistics_of_another_meaning_are_warned_of(paths, tmp_path, capsys):
+    entry = {"mean": [0, 0], "std": [0.1, 1]}
+    path = tmp_path / "norm_stats.json"
+    path.write_text(json.dumps({"norm_stats": {"state": entry, "actions": entry}}))
+    pipeline_of(config_of(paths[1], norm_stats=str(path)))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(warnings) == 1
+    assert f"with the norm stats of {path}, actions[0] of {paths[1]} are " in warnings[0]
+    pipeline_of(config_of(paths[1]))
+    assert "WARNING" not in capsys.readouterr().out
