@@ -180,15 +180,19 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_ROOM or isinstance(error, NoRoomError):
             raise
         raise no_room(path, error.errno) from error
 
 
-def no_room(path: pathlib.Path, code: int) -> OSError:
+class NoRoomError(OSError):
+    """A full disk, or a limit that is reached; says what was being written."""
+
+
+def no_room(what: str | pathlib.Path, code: int) -> NoRoomError:
     """What to say of a disk that is full, or of a limit that is reached; `code` is of `NO_ROOM`."""
-    message = f"cannot write {path}: {os.strerror(code)}; make room, or write elsewhere"
-    return OSError(code, message)
+    message = f"cannot write {what}: {os.strerror(code)}; make room, or write elsewhere"
+    return NoRoomError(code, message)
 
 
 def remove(path: pathlib.Path) -> None:

@@ -196,8 +196,11 @@ class Writer:
         table = columns.table(self.features, prepared.values | own, layout.schema, layout.picture)
         try:
             layout.add(row, table, prepared.segments, stats)
-        except BaseException:
+        except BaseException as error:
             self._failed = True
+            if isinstance(error, OSError) and error.errno in files.NO_ROOM:
+                where = f"{self.path}, episode {self._num_episodes}"
+                raise files.no_room(where, error.errno) from error
             raise
         for name, one in prepared.counted.items():
             self._pictures[name].add(one)
