@@ -48,7 +48,7 @@ def main() -> None:
     from policymix.runs import edit_dataset, import_hdf5, resize_rlds
 
     operation = _OPERATION.value
-    sources = [source for text in _SOURCE.value for source in text.split(",")]
+    sources = [s.strip() for text in _SOURCE.value for s in text.split(",") if s.strip()]
     given = {name: flag.value for name, flag in _OPTIONS.items() if flag.present}
     edit_dataset.check_operation(operation, sources, given)
     common = {

@@ -41,7 +41,7 @@ def main() -> None:
         _SOURCE.value,
         _OUTPUT.value,
         num_splits=_NUM_SPLITS.value,
-        fractions=[part for text in _FRACTIONS.value for part in text.split(",")],
+        fractions=[p.strip() for text in _FRACTIONS.value for p in text.split(",") if p.strip()],
         lists=_EPISODES.value,
         seed=_SEED.value,
         sort_by=_SORT_BY.value,

@@ -128,7 +128,7 @@ def _filling(path: pathlib.Path, partial: pathlib.Path, overwrite: bool) -> Iter
     if partial.exists():  # of another machine's process of this number
         raise _is_being_written(path)
     partial.mkdir()
-    lock = _locked(partial)
+    locks = [_locked(partial)]
     try:
         with _naming(path):
             yield
@@ -138,21 +138,23 @@ def _filling(path: pathlib.Path, partial: pathlib.Path, overwrite: bool) -> Iter
                     f"output {path} appeared meanwhile; pass --overwrite to replace it"
                 )
             old = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}-old")
+            locks.append(_locked(path))  # the lock goes with it: nobody else puts it back
             path.rename(old)
             try:
                 partial.rename(path)
             except OSError:
                 old.rename(path)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # what is left goes with the next run
         else:
             partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        for lock in locks:
+            if lock is not None:
+                os.close(lock)
 
 
 def _locked(path: pathlib.Path) -> int | None:

@@ -280,9 +280,11 @@ def make(builder: tfds.Builder, options: Options, num_workers: int = 0) -> pathl
         if not _is_made(place, wanted):
             with files.whole_directory(place, overwrite=True) as partial:
                 _write(partial, builder, options, wanted, num_workers)
-            for old in base.parent.glob(f"{base.name}-*"):
-                if old != place:
-                    files.remove(old)
+            cut_off = base.parent.glob(f".{base.name}-*.partial-*")
+            names = {path.name[1:].rpartition(".partial-")[0] for path in cut_off}
+            names |= {path.name for path in base.parent.glob(f"{base.name}-*")}
+            for name in names - {place.name}:
+                files.remove(base.with_name(name))
     return place
 
 
@@ -297,7 +299,8 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
             f"({files.reason(error)}); set POLICYMIX_CACHE to a folder where it can"
         ) from error
     with lock:  # the kernel lets go of it
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a disk without locks: the index is whole or absent
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

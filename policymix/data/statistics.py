@@ -132,7 +132,7 @@ def aggregate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray
 
 class Pictures:
     """What is known of an episode's pictures: how often each value occurs in the sampled ones,
-    int64 [3, 256], and their number; or only the
+    int64 [3, 256], and their number; or only the statistics.
     """
 
     def __init__(self, counts=None, num_images: int = 0, known: dict | None = None):

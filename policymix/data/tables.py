@@ -193,13 +193,14 @@ def to_numpy(
 
 
 def _fitting(values: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
-    """Numbers as `dtype`. ValueError where one is too large for it, which numpy would wrap."""
-    with np.errstate(over="ignore"):  # told below
+    """Numbers as `dtype`. ValueError where an integer is too large for it, which numpy would wrap;
+    a float becomes infinite, which those see who look for numbers that are not finite.
+    """
+    with np.errstate(over="ignore"):
         found = values.astype(dtype)
-    if values.dtype == dtype:
+    if values.dtype == dtype or dtype.kind == "f":
         return found
-    wrong = np.isinf(found) & np.isfinite(values) if dtype.kind == "f" else found != values
-    if wrong.any():
+    if (wrong := found != values).any():
         raise ValueError(
             f"{where} holds {values[wrong][0]}, which does not fit into {dtype}, as info.json "
             "declares it; declare a wider dtype there"

@@ -9,6 +9,7 @@ import fractions
 import io
 import os
 import pathlib
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -149,6 +150,7 @@ class Sources:
 
     def __init__(self):
         self._idle: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def take(self, clip: Clip, where: str) -> Any:
         """A clip's file, open at any place."""
@@ -160,9 +162,10 @@ class Sources:
 
     def keep(self, clip: Clip, container: Any) -> None:
         """Gives back what was taken, if nothing went wrong with it."""
-        self._idle[str(clip.path)] = container
-        if len(self._idle) > OPEN_FILES:  # it is closed once its last segment is gone
-            self._idle.pop(next(iter(self._idle)), None)
+        with self._lock:
+            self._idle[str(clip.path)] = container
+            if len(self._idle) > OPEN_FILES:  # it is closed once its last segment is gone
+                self._idle.pop(next(iter(self._idle)))
 
 
 def segment(

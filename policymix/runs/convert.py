@@ -52,7 +52,7 @@ def convert(config: ml_collections.ConfigDict, request: Request) -> dict[str, An
       ValueError, OSError: bad input; one clear message, and no output.
     """
     _check_request(request)
-    config = metadata.complete(config, checkpoint=request.checkpoint)
+    config = metadata.complete(config, checkpoints=(request.checkpoint,))
     plan = _plan(config, request)
     print("\n".join(plan.lines()))
     if request.dry_run:

@@ -54,7 +54,7 @@ def evaluate(
       ValueError, OSError: bad config, checkpoints or output, or a missing simulator.
     """
     started = time.monotonic()
-    config = metadata.complete(config, checkpoint=next(iter(request.checkpoints), ""))
+    config = metadata.complete(config, checkpoints=request.checkpoints)
     model = policies.model_config(config, why="evaluation")
     tasks = envs.parse_all(request.env or config.evaluate.env)
     _check(config, request, model)

@@ -3,6 +3,7 @@ policy for them.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def parts(data: ml_collections.ConfigDict) -> list[Part]:
                 f"folder that holds its datasets, not {data.repo_id or data.path!r}"
             )
         return [_of_mixture(data, named[0], name) for name, _ in oxe.mixture(data.mixture)]
-    named += [f"hf://datasets/{name}" for name in data.repo_id.split(",") if name]
+    named += [f"hf://datasets/{name.strip()}" for name in data.repo_id.split(",") if name.strip()]
     if not named:
         raise ValueError(
             "config.data.path is empty: pass --config.data.path=DIRECTORY of a LeRobot or RLDS "
@@ -74,7 +75,7 @@ def fractions(data: ml_collections.ConfigDict, num_frames: Sequence[int]) -> np.
     if data.mixture and not given:
         return oxe.fractions([w for _, w in oxe.mixture(data.mixture)], num_frames)
     shares = given or num_frames
-    numbers = all(isinstance(share, int | float) and share > 0 for share in shares)
+    numbers = all(isinstance(s, int | float | np.number) and 0 < s < math.inf for s in shares)
     if len(shares) != len(num_frames) or not numbers:
         raise ValueError(
             f"config.data.fractions is {given}; expected a positive number for each of "
@@ -84,11 +85,11 @@ def fractions(data: ml_collections.ConfigDict, num_frames: Sequence[int]) -> np.
 
 
 def complete(
-    config: ml_collections.ConfigDict, *, rate: bool = False, checkpoint: str = ""
+    config: ml_collections.ConfigDict, *, rate: bool = False, checkpoints: Sequence[str] = ()
 ) -> ml_collections.ConfigDict:
     """The config with config.model's action_dim, proprio_dim and image_keys, and the cameras of
     config.data, as its first dataset says, where the config leaves them to it (None); or as the
-    run's own config.json says beside a checkpoint.
+    run's own config.json says beside one of `checkpoints`.
 
     Unless the robot's table names its cameras, every camera of the dataset becomes one of the
     model, called by the end of its name.
@@ -105,7 +106,7 @@ def complete(
     named = bool(data.path or data.repo_id)
     if not lacking and not (rate and named):
         return config
-    if lacking and (known := _recorded(checkpoint)):
+    if lacking and (known := next(filter(None, map(_recorded, checkpoints)), None)):
         return _filled(config, known["model"], known["data"]["cameras"])
     if not named:
         raise ValueError(
@@ -162,8 +163,13 @@ def _recorded(checkpoint: str) -> dict | None:
         return None
     path = layout.directory_of(checkpoint).parent / "config.json"
     content = files.read_json(path) if path.is_file() else {}
-    is_ours = {"model", "data"} <= content.keys() if isinstance(content, dict) else False
-    return content if is_ours else None
+    content = content if isinstance(content, dict) else {}
+    model, data = (content.get(section) for section in ("model", "data"))
+    if not (isinstance(model, dict) and isinstance(data, dict)):
+        return None
+    needed = [model.get(field) for field in ("action_dim", "proprio_dim", "image_keys")]
+    whole = None not in needed and isinstance(data.get("cameras"), dict)
+    return content if whole else None
 
 
 def camera_names(features: Sequence[str]) -> dict[str, str]:

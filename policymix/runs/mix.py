@@ -40,7 +40,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
     repeat = None
     if request.repeat:
         config, request, repeat = repeats.read(config, request)
-    config = metadata.complete(config, checkpoint=next(iter(request.checkpoints), ""))
+    config = metadata.complete(config, checkpoints=request.checkpoints)
     method = repeat.method if repeat else requests.method_of(config, request)
     base = _base(config, request, method)
     _check_output(config, request, base)

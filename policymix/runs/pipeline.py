@@ -19,6 +19,7 @@ from policymix.structs import Batch
 from policymix.transforms import normalize
 
 _STRANGE = 20  # of normalised numbers, on average
+_OWN = "the training episodes"  # where statistics come from that are not another's
 
 
 class Pipeline:
@@ -68,7 +69,7 @@ class Pipeline:
             self.norm_stats[asset_id] = stats
             encoder = encoding.Encoder(model, own, stats)
             self._encoders += [encoder] * len(group)
-            for source in group:
+            for source in group if self.norm_stats_from != _OWN else ():
                 _warn(source, encoder, self.norm_stats_from)
         self.encoder = self._encoders[0]
         if resumed:
@@ -218,9 +219,10 @@ def _check(data: ml_collections.ConfigDict) -> None:
 
 def _warn(source: sources_lib.Source, encoder: encoding.Encoder, stats_from: str) -> None:
     """Says so if statistics from elsewhere make strange numbers of a dataset's first examples."""
-    if source.train is None:
+    chunks = source.chunks(source.held_out_episodes) if source.train is None else source.train
+    if not len(chunks):
         return
-    normalized = encoder.normalized(next(source.train.blocks()))
+    normalized = encoder.normalized(next(chunks.blocks()))
     for key, values in normalized.items():
         size = np.abs(values).reshape(-1, values.shape[-1]).mean(axis=0)
         if (strange := np.flatnonzero(size > _STRANGE)).size:
@@ -249,7 +251,7 @@ def _find_norm_stats(
         layout.find(source)  # what is not there is no reason to compute new ones
         known = assets.find(source, assets.NORM_STATS)
         # A base that knows other robots only, as OpenPI's do, says nothing of this one.
-        strange = len(known) > 1 and chosen and chosen not in known
+        strange = (len(known) > 1 or (known and data.mixture)) and chosen and chosen not in known
         if strange and not (resumed or named):
             print(f"{source} has norm stats of {', '.join(known)}, none of {chosen}: new ones")
         elif found := assets.norm_stats_of(source, chosen):
@@ -263,4 +265,4 @@ def _find_norm_stats(
             "from: name them with config.data.norm_stats=CHECKPOINT or a norm_stats.json"
         )
     stats = statistics.of_chunks(trained, encoding.wiring(data).adapt, data.quantile_rule)
-    return stats, "the training episodes"
+    return stats, _OWN

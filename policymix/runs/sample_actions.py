@@ -41,7 +41,7 @@ def sample(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any
     for name in ("batch_size", "num_samples", "num_calls"):
         if getattr(request, name) < 1:
             raise ValueError(f"--{name} is {getattr(request, name)}; at least 1 is needed")
-    config = metadata.complete(config, checkpoint=request.checkpoint)
+    config = metadata.complete(config, checkpoints=(request.checkpoint,))
     model, header = _open(config, request)
     steps = config.evaluate.num_flow_steps
     shapes = pi0.shapes(model)

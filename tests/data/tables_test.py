@@ -115,7 +115,7 @@ def test_arrays_of_columns():
         (np.array([1, 2**33]), "int32", "here holds 8589934592, which does not fit into int32"),
         (np.array([1, -1]), "int8", None),
         (np.array([1, 2**31], np.uint32), "int32", "here holds 2147483648, which does not fit"),
-        (np.array([0, 1e39]), "float32", r"here holds 1e\+39, which does not fit into float32"),
+        (np.array([0, 1e39]), "float32", None),  # infinite, which is told with its episode
         (np.array([0.1, np.inf, np.nan]), "float32", None),
         (np.array([0, 2**40]), "float32", None),
     ],
@@ -124,7 +124,8 @@ def test_numbers_that_are_too_large_for_what_is_declared(values, dtype, message)
     column = pa.chunked_array([values])
     if message is None:
         found = tables.to_numpy(column, np.dtype(dtype), [1], "here")
-        np.testing.assert_array_equal(found, values.astype(dtype))
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(found, values.astype(dtype))
     else:
         with pytest.raises(ValueError, match=f"^{message}"):
             tables.to_numpy(column, np.dtype(dtype), [1], "here")

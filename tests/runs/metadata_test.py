@@ -106,13 +106,30 @@ def test_a_run_remembers_what_its_dataset_said(dataset, tmp_path):
     assert recorded["data"]["fps"] == 20
     for checkpoint in ("run/2", "run/2/params"):
         bare = config_of("")
-        config = metadata.complete(bare, checkpoint=str(tmp_path / checkpoint))
+        config = metadata.complete(bare, checkpoints=("/no/such/mix", str(tmp_path / checkpoint)))
         model = policies.model_config(config, why="the test")
         assert (model.action_dim, model.proprio_dim) == (3, 5)
         assert encoding.cameras(model, config.data) == {
             "top": "observation.images.top",
             "wrist": "observation.images.wrist",
         }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"type": "pi0"},
+        {"model": None, "data": {}},
+        {"model": {"action_dim": 7, "proprio_dim": 8}, "data": {"cameras": {}}},
+        {"model": {"action_dim": 7, "proprio_dim": 8, "image_keys": ["a"]}, "data": {}},
+    ],
+)
+def test_another_config_beside_a_checkpoint_says_nothing(tmp_path, content):
+    files.write_json(tmp_path / "config.json", content)
+    (tmp_path / "5" / "params").mkdir(parents=True)
+    with pytest.raises(ValueError, match="leaves action_dim and image_keys to the dataset"):
+        metadata.complete(config_of(""), checkpoints=(str(tmp_path / "5"),))
 
 
 def test_speed_is_no_other_run(dataset, tmp_path):

@@ -148,6 +148,17 @@ def test_each_robot_of_a_mixture_keeps_its_own_normalisation(root, tmp_path):
     assert int(train.train(config, tmp_path / "run", devices=jax.devices()[:1]).step) == 3
 
 
+def test_a_mixture_does_not_take_the_statistics_of_another_robot(root, tmp_path):
+    single = config_of(root / "bridge_dataset", robot="bridge")
+    train.train(single, tmp_path / "base", devices=jax.devices()[:1])
+    config = config_of(root, mixture="oxe_simple", robot="")
+    config.train.init_from = str(tmp_path / "base" / "2")
+    found = made(config)
+    base = assets.norm_stats_of(tmp_path / "base" / "2")[1]
+    assert normalize.difference(found.norm_stats["bridge_dataset"], base) is None
+    assert normalize.difference(found.norm_stats["fractal20220817_data"], base) is not None
+
+
 def test_droids_frames_begin_where_the_arm_moves(tmp_path):
     names = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
     pose = {"joint_position": 7, "gripper_position": 1}

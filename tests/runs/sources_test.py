@@ -131,7 +131,9 @@ def test_fractions_are_normalised_and_go_by_frames_where_none_are_given():
     assert fractions((), [30, 10]) == [0.75, 0.25]
 
 
-@pytest.mark.parametrize("given", [(0.5,), (0.5, 0.3, 0.2), (1.0, 0.0), (1.0, -1.0)])
+@pytest.mark.parametrize(
+    "given", [(0.5,), (0.5, 0.3, 0.2), (1.0, 0.0), (1.0, -1.0), (math.inf, 1.0)]
+)
 def test_fractions_that_cannot_be_are_refused(given, paths, tmp_path):
     message = "expected a positive number for each of the 2 datasets"
     with pytest.raises(ValueError, match=message):
@@ -496,5 +498,17 @@ def test_statistics_of_another_meaning_are_warned_of(paths, tmp_path, capsys):
     warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert len(warnings) == 1
     assert f"with the norm stats of {path}, actions[0] of {paths[1]} are " in warnings[0]
-    pipeline_of(config_of(paths[1]))
+    pipeline_of(config_of(paths[1], norm_stats=str(path), held_out=1))
+    assert "WARNING: with the norm stats of" in capsys.readouterr().out
+
+
+def test_a_runs_own_statistics_are_not_warned_of(tmp_path, capsys):
+    """Also of a dimension whose middle 98 % are one value, so that quantiles give it no scale."""
+    vectors = {"observation.state": vector(2), "action": vector(2)}
+    with writer.Writer(tmp_path / "d", fps=10, features=vectors) as opened:
+        values = np.zeros((300, 2), np.float32)
+        values[7] = 5
+        values[:, 0] = np.arange(300)
+        opened.add_episode({"observation.state": values, "action": values}, "push")
+    pipeline_of(config_of(str(tmp_path / "d"), normalization="quantiles"))
     assert "WARNING" not in capsys.readouterr().out
