@@ -182,7 +182,8 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM or isinstance(error, NoRoomError):
+        told = isinstance(error, NoRoomError) and str(path) in str(error)  # not of what is partial
+        if error.errno not in NO_ROOM or told:
             raise
         raise no_room(path, error.errno) from error
 
