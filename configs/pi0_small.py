@@ -5,10 +5,10 @@ r"""A small π0 for any LeRobot dataset: its cameras, its state and its actions,
   python experiments/train.py --config=configs/pi0_small.py --workdir=runs/pusht \
     --config.data.repo_id=lerobot/pusht
 
-Model: 1.1 M parameters beside those of the dataset's sizes, the same code as the 3 B one; pictures
-or videos of any size, brought to 112 × 112 with their aspect kept; prompts of at most 64 bytes;
-chunks of 16 actions. No success rate was measured. `:debug` takes four steps on the PushT episodes
-that the tests use, in their videos.
+Model: 1.0 M parameters, a little more for larger states and actions, the same code as the 3 B one;
+pictures or videos of any size, brought to 112 × 112 with their aspect kept; prompts of at most 64
+bytes; chunks of 16 actions. No success rate was measured. `:debug` takes four steps on the PushT
+episodes that the tests use, in their videos.
 """
 
 import ml_collections

@@ -5,7 +5,7 @@ table.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ NUMBERS = (
 )
 PICTURES = ("image", "video")
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+_BLOCK = 1 << 20  # frames that are looked at together
 
 
 def check_feature(name: str, feature: Mapping[str, Any], where: str) -> None:
@@ -245,3 +247,30 @@ def _stat_type(feature: Mapping[str, Any], stat: str) -> pa.DataType:
     for _ in range(3 if is_picture else 1):  # [3, 1, 1], or [n]
         element = pa.list_(element)
     return element
+
+
+def bad_episodes(
+    values: Iterable[tuple[str, np.ndarray]], episode_from: np.ndarray, episode_to: np.ndarray
+) -> dict[int, str]:
+    """{episode: what is wrong with it}: no frames, or numbers that are not finite.
+
+    Args:
+      values: (feature, all its frames [num_frames, …]), which may be mapped from a disk.
+      episode_from, episode_to: int64 [num_episodes], its frames, `to` exclusive.
+    """
+    found = dict.fromkeys(np.flatnonzero(episode_from == episode_to).tolist(), "it has no frames")
+    for key, column in values:
+        if column.dtype.kind != "f":
+            continue
+        wrong = [np.zeros(0, np.int64)]
+        for start in range(0, len(column), _BLOCK):
+            block = column[start : start + _BLOCK]
+            finite = np.isfinite(block).reshape(len(block), -1).all(axis=1)
+            wrong.append(start + np.flatnonzero(~finite))
+        frames = np.concatenate(wrong)
+        episodes = np.searchsorted(episode_to, frames, side="right")
+        for episode, row in zip(*np.unique(episodes, return_index=True), strict=True):
+            first, count = frames[row] - episode_from[episode], (episodes == episode).sum()
+            what = f"{key!r} is not finite in {count} frames, the first is frame {first}"
+            found.setdefault(int(episode), what)
+    return dict(sorted(found.items()))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from policymix.data import frames, pictures, places, tables
+from policymix.data import columns, frames, pictures, places, tables
 
 TOLERANCE_S = 1e-4  # how far a time may lie from a whole frame, in seconds; LeRobot's default
 _PICTURES = ("image", "video")
@@ -209,19 +209,8 @@ class Dataset:
         """{episode: what is wrong with it}: no frames, or numbers of the features `keys` that are
         not finite. Empty where all is well.
         """
-        empty = np.flatnonzero(self.episode_from == self.episode_to).tolist()
-        found = dict.fromkeys(empty, "it has no frames")
-        for key in keys:
-            values = self.column(key)
-            if values.dtype.kind != "f":
-                continue
-            wrong = np.flatnonzero(~np.isfinite(values).reshape(self.num_frames, -1).all(axis=1))
-            episodes = np.searchsorted(self.episode_to, wrong, side="right")
-            for episode, row in zip(*np.unique(episodes, return_index=True), strict=True):
-                frame, count = wrong[row] - self.episode_from[episode], (episodes == episode).sum()
-                what = f"{key!r} is not finite in {count} frames, the first is frame {frame}"
-                found.setdefault(int(episode), what)
-        return dict(sorted(found.items()))
+        values = ((key, self.column(key)) for key in keys)
+        return columns.bad_episodes(values, self.episode_from, self.episode_to)
 
     def episode_stats(
         self, keys: Sequence[str] | None = None

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from policymix import files
-from policymix.data import features, oxe, rlds_index, tfds
+from policymix.data import columns, features, oxe, rlds_index, tfds
 
 Builder = tfds.Builder
 AUTO = "auto"
 _OPEN_FILES = 64
-_BLOCK = 1 << 20  # steps that are looked at together
 _ORDER = ("timestamp", "frame_index", "episode_index", "index")
 
 
@@ -169,24 +168,8 @@ class Dataset:
         """{episode: what is wrong with it}: no steps, or numbers of the features `keys` that are
         not finite. Empty where all is well.
         """
-        empty = np.flatnonzero(self.episode_from == self.episode_to).tolist()
-        found = dict.fromkeys(empty, "it has no frames")
-        for key in keys:
-            values = self.column(key)
-            if values.dtype.kind != "f":
-                continue
-            wrong = np.concatenate(
-                [
-                    at + np.flatnonzero(~_finite(values[at : at + _BLOCK]))
-                    for at in range(0, max(1, len(values)), _BLOCK)
-                ]
-            )
-            episodes = np.searchsorted(self.episode_to, wrong, side="right")
-            for episode, row in zip(*np.unique(episodes, return_index=True), strict=True):
-                frame, count = wrong[row] - self.episode_from[episode], (episodes == episode).sum()
-                what = f"{key!r} is not finite in {count} frames, the first is frame {frame}"
-                found.setdefault(int(episode), what)
-        return dict(sorted(found.items()))
+        values = ((key, self.column(key)) for key in keys)
+        return columns.bad_episodes(values, self.episode_from, self.episode_to)
 
     def _declared(
         self, tree: features.Tree, standard: oxe.Standard | None
@@ -370,11 +353,6 @@ def _mapped(path: pathlib.Path) -> np.ndarray:
             f"{path}: no such file; the shards have changed and were indexed anew, or the cache "
             "was emptied: open the dataset again"
         ) from error
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    """Which steps are, bool [n]."""
-    return np.isfinite(values).reshape(len(values), -1).all(axis=1)
 
 
 def _brief(numbers: list[int]) -> str:
