@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 # Whether numbers pass through the robot's adapter; None: as its table says.
                 "adapt": ml_collections.config_dict.placeholder(bool),
                 # mean_std; quantiles, π0.5's: 1 % and 99 % become ± 1; bounds, open-pi-zero's: the
-                # same, clipped, grippers left alone.
+                # same, clipped, grippers left alone; none.
                 "normalization": "",
                 "fps": 0,  # what the datasets must have; of RLDS that does not say it, what it is
                 "skip_bad_episodes": False,  # train without episodes that cannot be used
@@ -102,20 +102,90 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "search_in": "auto",
                 "fsdp_devices": 1,  # devices over which parameters are split in a search
             },
-            "offline_rl": {},
+            "offline_rl": _offline_rl(),
             "evaluate": {
                 # SIMULATOR/TASK,TASK; TASK@LOW:HIGH starts in that part of the simulator's range.
                 "env": "",
                 "num_episodes": 100,  # for each task
                 "seed": 1000,  # of the first episode's start and noise; the next ones count on
                 "max_steps": 0,  # of an episode; 0: 150 in Meta-World, 300 in PushT
-                "replan_steps": 8,  # actions of a chunk that are executed before the next is asked
+                "replan_steps": 8,  # actions of a chunk that are played before the next; 0: all
                 "num_flow_steps": 10,
                 "num_workers": 0,  # processes with environments; 0: one per core
             },
             "serve": {},
         }
     )
+
+
+def _offline_rl() -> dict:
+    """docs/hyperparameters.md says of each field what it does. None: as the algorithm has it, see
+    policymix.rl.config.DEFAULTS.
+    """
+    unsaid = ml_collections.config_dict.placeholder
+    return {
+        "settings": "",  # a JSON file of settings, as chunk-level programs before this one have
+        "algorithm": "chunk_iql",  # or chunk_soft, cloning, qc, qc_fql
+        "policy": "gaussian",  # or flow
+        "action_horizon": 10,  # actions of a chunk
+        # What of the data: `data` says which dataset, features and normalisation.
+        "reward_key": "",  # "": the first there is of reward, next.reward, subgoal, next.success
+        "chunk_reward": "sum",  # discounted; max; any: 1 where one of its rewards is above 0
+        "reward_scale": 1.0,  # rewards are scale * reward + shift
+        "reward_shift": 0.0,
+        # Which episodes end because the task ended: auto, success, reward, always, never, or rlvla.
+        "terminals": "auto",
+        "tails": "pad",  # chunks that reach beyond their episode; drop: there are none
+        "pictures": True,  # whether cameras are looked at
+        "image_resolution": (256, 256),
+        "language": True,  # whether the instruction is read
+        "tokenizer": "words",  # as data.tokenizer, which is a proposing policy's
+        "max_token_len": 16,
+        "vocab_size": 1024,
+        # Chunks that a policy's checkpoint proposes: candidates beside the dataset's own, or, with
+        # chunk_source="policy", in their place.
+        "proposals": "",
+        "num_proposals": 8,
+        "chunk_source": "dataset",
+        # Losses.
+        "discount": 0.99,
+        "temperature": unsaid(float),  # T in exp(advantage / T)
+        "max_weight": unsaid(float),  # at which these are clipped; 0: nowhere
+        "normalize_weights": unsaid(bool),
+        "expectile": 0.7,
+        "entropy_temperature": 1e-3,
+        "num_samples": 5,
+        "num_critics": unsaid(int),
+        "ema_decay": unsaid(float),  # of target networks; 0: none
+        "distill_scale": 100.0,
+        "lambda_v": 1.0,
+        "lambda_pi": 1.0,
+        # Networks.
+        "network": unsaid(str),  # plain or fused
+        "hidden_dim": 512,
+        "feature_dim": 512,
+        "num_layers": 4,
+        "layer_norm": True,
+        "min_std": 1e-3,
+        "num_flow_steps": 10,
+        "num_candidates": 1,  # of a flow policy, among which the critic chooses
+        "dtype": "float32",  # of the computation; bfloat16
+        # The run.
+        "init_from": "",  # a learner's checkpoint to start from; "": fresh parameters
+        "seed": 0,
+        "batch_size": 256,
+        "num_steps": 20_000,
+        # Passes over the chunks, in place of num_steps; the last three below are then epochs.
+        "num_epochs": 0,
+        "learning_rate": 3e-4,
+        "clip_norm": 0.0,
+        "updates_per_call": 1,  # of the compiled program, which then need not wait for Python
+        "log_every": 500,  # steps
+        "max_to_keep": 1,
+        "keep_period": 0,
+        "save_every": 5000,
+        "rollout_every": 0,  # roll-outs are of `evaluate`; 0: none
+    }
 
 
 def openpi_config(base: str, *, pi05: bool, **model) -> ml_collections.ConfigDict:
@@ -222,3 +292,18 @@ def shrink_quickstart(sizes: ml_collections.ConfigDict) -> None:
     sizes.update({"soup_rollouts": 4, "narrow_rollouts": 4, "shifted_rollouts": 4})
     sizes.update({"pretraining_rollouts": 2})
     sizes.update({"small_learning_rates": (3e-4,), "merge_ratios": (0.0, 0.4, 0.5, 1.0)})
+
+
+def shrink_offline_rl(config: ml_collections.ConfigDict) -> None:
+    """Turns a learner's config into its `:debug` version, after `shrink`: small networks, four
+    steps on PushT, whose camera is looked at in little.
+    """
+    r = config.offline_rl
+    r.update({"hidden_dim": 32, "feature_dim": 32, "num_layers": 2, "image_resolution": (32, 32)})
+    r.update({"max_token_len": 16, "vocab_size": 64, "action_horizon": 4, "reward_key": ""})
+    r.update({"num_samples": 2, "num_flow_steps": 2, "num_proposals": 2, "proposals": ""})
+    r.update({"batch_size": 8, "num_steps": 4, "num_epochs": 0, "updates_per_call": 1})
+    r.update({"log_every": 1, "save_every": 2, "keep_period": 0, "rollout_every": 0})
+    config.evaluate.replan_steps = 0
+    if config.data.cameras:
+        config.data.cameras[next(iter(config.data.cameras))] = "observation.image"

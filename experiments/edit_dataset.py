@@ -11,7 +11,9 @@ r"""Makes a dataset from others; the sources are never touched.
   $E --operation=resize_rlds --source=bridge --output=bridge_224 --size=224
 
 --reward is success_at_end (of --episodes, if given), zero, a number, FILE.csv
-(episode_index,frame_index,reward) or FILE.json ({"episode": [frames]}, 1 there), for --feature.
+(episode_index,frame_index,reward; or first_frame,last_frame for ranges), FILE.json ({"episode":
+[frames]}, 1 there), or sub-goals, each 1 in the first frame of an episode where it holds:
+--reward='info.near_object>=1,info.grasp_success>=1,next.success>=1' --feature=subgoal
 """
 
 from absl import flags

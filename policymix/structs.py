@@ -49,3 +49,20 @@ class Batch:
 
     observation: Observation
     actions: Float[Array, "b h a"]  # normalised, zero-padded to the model's action dimension
+
+
+@flax.struct.dataclass
+class ChunkBatch:
+    """Transitions of chunk-level reinforcement learning: what was seen, the chunk that was played,
+    what it earned, and what was seen after it. Beyond the end of an episode a chunk repeats its
+    last action.
+    """
+
+    observation: Observation
+    actions: Float[Array, "b h a"]  # normalised
+    action_is_pad: Bool[Array, "b h"]  # True: beyond the episode, never played
+    rewards: Float[Array, " b"]  # of the chunk
+    discounts: Float[Array, " b"]  # of the value after it: γ^steps, 0 where the task had ended
+    next_observation: Observation
+    has_next: Bool[Array, " b"]  # False: what comes after is not known; critics leave it out
+    candidates: Float[Array, "b n h a"] | None = None  # chunks that another policy proposed here

@@ -1,16 +1,23 @@
 """Configs: what OpenPI's say, field by field, and what all of them promise."""
 
+import functools
 import importlib
 import inspect
 import re
 
+import jax
+import numpy as np
 import pytest
 
 from configs import common
-from policymix import trees
+from policymix import files, trees
 from policymix.checkpoints import keymaps
+from policymix.data import writer
 from policymix.models import pi0
-from policymix.runs import metadata, policies
+from policymix.rl import config as config_lib
+from policymix.rl import networks
+from policymix.runs import learners, metadata, policies
+from policymix.transforms import normalize, robots
 from tests import commands, oracle
 from tests.runs import workspace_support
 
@@ -143,3 +150,108 @@ def test_the_command_of_the_docstring(name, checkpoints, tmp_path, monkeypatch, 
             (tmp_path / value).symlink_to(checkpoints / model / "val.npz")
     commands.run(words, *more)
     assert "dry run: nothing was computed" in capsys.readouterr().out
+
+
+# Configs of chunk-level offline RL on LIBERO; rlvla's settings by the names it gives them.
+LEARNERS = ("rl_libero", "rlvla")
+RLVLA = {
+    "action_horizon": 10, "gamma": 0.99, "beta": 1.0, "lambda_v": 1.0, "lambda_pi": 1.0,
+    "lr": 3e-4, "batch_size": 32, "num_epochs": 100, "hidden_dim": 512, "image_size": 256,
+    "log_interval": 100, "save_interval": 10,
+}  # fmt: skip
+
+
+def test_rlvlas_settings_are_its_own(tmp_path):
+    """Its config.json, read over them, changes nothing; and what that does not say."""
+    files.write_json(tmp_path / "config.json", RLVLA)
+    config = get("rlvla")
+    before = config.to_dict()
+    config.offline_rl.settings = str(tmp_path / "config.json")
+    assert learners.complete(config).to_dict()["offline_rl"] == before["offline_rl"]
+    r = config.offline_rl
+    assert (r.algorithm, r.policy, r.network) == ("chunk_soft", "gaussian", "fused")
+    assert (r.chunk_reward, r.terminals, r.tails) == ("max", "rlvla", "drop")
+    assert (r.entropy_temperature, r.num_samples, r.min_std) == (1.0, 5, 1e-6)
+    assert (r.max_weight, r.normalize_weights, r.num_critics, r.ema_decay) == (0.0, True, 1, 0.0)
+    assert not r.language
+    assert not config.data.held_out
+
+
+def test_rlvla_normalises_nothing():
+    config = get("rlvla")
+    rng = np.random.default_rng(0)
+    raw = {"state": rng.normal(size=(3, 8)), "actions": rng.normal(size=(3, 10, 7))}
+    sizes = {"state": 8, "actions": 7}
+    stats = {key: normalize.NormStats(np.full(d, 3.0), np.full(d, 2.0)) for key, d in sizes.items()}
+    found = normalize.Normalize(stats, config.data.normalization).apply(raw)
+    for key, values in raw.items():
+        np.testing.assert_array_equal(found[key], values)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("arg", ["", "debug"])
+def test_learners_have_the_fields_of_all_and_the_policy_that_proposes(name, arg):
+    config, base = get(name, arg), get("pi05_libero", arg)
+    assert config.model.to_dict() == base.model.to_dict()
+    assert set(config.offline_rl) == set(common.get_config().offline_rl)
+    assert config.offline_rl.action_horizon <= config.model.action_horizon
+    robot = robots.find("libero")
+    cameras = {c: f for c, f in config.data.cameras.items() if f != "absent"}
+    if not arg:
+        assert cameras == robot.cameras
+        assert config.data.tokenizer == base.data.tokenizer
+    with pytest.raises(ValueError, match="expected nothing or ':debug'"):
+        get(name, "debgu")
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_debug_learner_is_small_and_of_pusht(name):
+    config = learners.complete(get(name, "debug"))
+    assert config.data.path == str(common.PUSHT)
+    assert (config.offline_rl.num_steps, config.offline_rl.num_epochs) == (4, 0)
+    model = learners.settings(config)
+    assert (model.action_dim, model.proprio_dim, model.image_keys) == (2, 2, ("base_0_rgb",))
+    params = jax.eval_shape(functools.partial(networks.init, model), jax.random.key(0))
+    assert trees.num_params(params) < 3_000_000
+
+
+@pytest.mark.parametrize("arg", ["", "debug"])
+def test_the_learner_of_meta_world_sees_states_and_its_commands_run(arg, tmp_path, capsys):
+    """The docstring's commands, but for the work: their flags and fields, and that all fits."""
+    config = get("rl_metaworld", arg)
+    assert set(config.offline_rl) == set(common.get_config().offline_rl)
+    assert not config.model
+    width = {"observation.state": 39, "action": 4, "next.success": 1, "subgoal": 1}
+    features = {
+        name: {"dtype": "float32", "shape": [n], "names": None} for name, n in width.items()
+    }
+    with writer.Writer(tmp_path / "labelled", fps=80, features=features) as dataset:
+        dataset.add_episode({name: np.ones((9, n)) for name, n in width.items()}, "plate slide")
+    config.data.path = str(tmp_path / "labelled")
+    model = learners.settings(learners.complete(config))
+    assert (model.action_dim, model.proprio_dim, model.image_keys) == (4, 39, ())
+    assert model.max_token_len
+    docstring = inspect.getdoc(importlib.import_module("configs.rl_metaworld"))
+    collect, _, train, _ = commands.of_docstring(docstring)
+    commands.run(collect, f"--output={tmp_path / 'attempts'}", "--dry_run")
+    more = f"--config.data.path={config.data.path}", f"--workdir={tmp_path / 'run'}"
+    commands.run(train, *more, "--dry_run")
+    printed = capsys.readouterr().out
+    assert "attempts (expert, slow, biased, noisy, wandering) of each of" in printed
+    assert "dry run: nothing was computed" in printed
+
+
+def test_the_sizes_of_rlvla_are_its_networks():
+    """As its own program counts them, without the layer for language that it never calls."""
+    model = config_lib.LearnerConfig(
+        **{
+            name: get("rlvla").offline_rl[name]
+            for name in ("algorithm", "network", "num_critics", "hidden_dim", "feature_dim")
+        },
+        image_keys=("base_0_rgb", "left_wrist_0_rgb"),
+    )
+    params = jax.eval_shape(functools.partial(networks.init, model), jax.random.key(0))
+    unused = 128 * 256 + 256
+    assert {name: trees.num_params(p) for name, p in params.items()} == {
+        "critic": 7_294_433 - unused, "value": 6_172_129 - unused, "policy": 6_601_836 - unused,
+    }  # fmt: skip

@@ -27,14 +27,16 @@ from tests.commands import ROOT
 
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+# Of tables whose first column is another program's.
+HEADERS = ("| kai0 | here |", "| RETAIN | here |", "| open-pi-zero | here |", "| rlvla | here |")
 
 
 def own_words(path: pathlib.Path) -> str:
-    """A document without what it says of other programs: the first cells of three tables, what "…"
+    """A document without what it says of other programs: the first cells of some tables, what "…"
     stands for there, and commands for gcloud and the hub.
     """
     text = path.read_text()
-    for header in ("| kai0 | here |", "| RETAIN | here |", "| open-pi-zero | here |"):
+    for header in HEADERS:
         for cell, _ in commands.table(text, header) if header in text else ():
             text = text.replace(f"| {cell} |", "| |")
     return re.sub(r"`…` stands there for\s+`[^`]*`", "", text)

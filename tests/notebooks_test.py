@@ -8,7 +8,7 @@ import pytest
 from tests import commands
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "experiments/notebooks").glob("*.ipynb"))
-PICTURES = {"look_inside.ipynb": 9, "mix_and_look.ipynb": 3}
+PICTURES = {"look_inside.ipynb": 9, "mix_and_look.ipynb": 3, "values_along_an_episode.ipynb": 3}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,10 +17,25 @@ import orbax.checkpoint as ocp
 from policymix import trees
 from policymix.checkpoints import assets, items, layout
 from policymix.structs import Params
-from policymix.training.state import TrainState
 from policymix.transforms.normalize import Stats
 
 _CHUNK_BYTES = 64 * 2**20
+
+
+class State(Protocol):
+    """What a run resumes from: parameters that act, and the rest."""
+
+    step: Any
+
+    @property
+    def policy_params(self) -> Params: ...
+
+    def rest(self) -> dict[str, Any]: ...
+
+    def joined(self, policy_params: Params, rest: Mapping[str, Any]) -> "State": ...
+
+
+_State = TypeVar("_State", bound=State)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +115,19 @@ class Series:
         """The last whole step, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, beside: Assets) -> None:
+    def save(self, state: State, beside: Assets) -> None:
         """Starts writing `state` under its step; training goes on meanwhile."""
         try:
             self._save(state, beside)
         except ValueError as error:
             raise items.unwritten(pathlib.Path(self._manager.directory), error) from error
 
-    def _save(self, state: TrainState, beside: Assets) -> None:
+    def _save(self, state: State, beside: Assets) -> None:
         saved = self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
                 params=save_args(state.policy_params),
-                train_state=ocp.args.PyTreeSave(_train_item(state)),
+                train_state=ocp.args.PyTreeSave(state.rest()),
                 assets=_SaveAssets(beside),
             ),
         )
@@ -121,7 +136,7 @@ class Series:
                 f"{self._manager.directory}: step {int(state.step)} exists and was not saved"
             )
 
-    def restore(self, like: TrainState, shardings: TrainState) -> TrainState:
+    def restore(self, like: _State, shardings: _State) -> _State:
         """The latest state. `like` gives structure, shapes and dtypes (`jax.eval_shape`),
         `shardings` the places.
 
@@ -134,7 +149,7 @@ class Series:
                 self.latest,
                 args=ocp.args.Composite(
                     params=_restore_args(item, places),
-                    train_state=_restore_args(_train_item(like), _train_item(shardings)),
+                    train_state=_restore_args(like.rest(), shardings.rest()),
                 ),
             )
         except (ValueError, KeyError, FileNotFoundError) as error:
@@ -143,11 +158,7 @@ class Series:
                 f"({str(error).splitlines()[0]}); it was saved by another model or optimizer, or "
                 "is damaged: pass --overwrite to start again"
             ) from error
-        params = from_item(restored.params)
-        train = restored.train_state
-        if like.ema_params is None:
-            return TrainState(train["step"], params, train["opt_state"], None)
-        return TrainState(train["step"], train["params"], train["opt_state"], params)
+        return like.joined(from_item(restored.params), restored.train_state)
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; the writer's errors surface here."""
@@ -160,12 +171,6 @@ class Series:
         """Waits and lets go."""
         self.wait()
         self._manager.close()
-
-
-def _train_item(state: TrainState) -> dict[str, Any]:
-    """What the params item does not hold: raw parameters only where that item is their average."""
-    raw = {} if state.ema_params is None else dict(state.params)
-    return {"step": state.step, "params": raw, "opt_state": state.opt_state}
 
 
 def _restore_args(like: Any, shardings: Any) -> ocp.args.PyTreeRestore:

@@ -1,8 +1,8 @@
-"""Demonstrations of a simulator's experts, as a LeRobot dataset."""
+"""Demonstrations of a simulator's experts, or attempts of mixed quality, as a LeRobot dataset."""
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from policymix import files, metrics, processes
 from policymix.data import writer
@@ -20,6 +20,7 @@ def collect(
     seed: int = 0,
     max_steps: int = 0,
     noise: float = 0.0,
+    skills: Sequence[str] = (),
     num_workers: int = 0,
     pool: workers.Pool | None = None,
     overwrite: bool = False,
@@ -30,10 +31,15 @@ def collect(
     Starts are drawn from the seeds `seed`, `seed` + 1, …; those that the expert fails are left out
     and later seeds take their place. The dataset does not depend on the number of processes.
 
+    With `skills` it writes what reinforcement learning needs: every episode, failures too, the
+    actions that were executed, and what came of them.
+
     Args:
       env: SIMULATOR/TASK,TASK, each task as `envs.parse` reads it.
       max_steps: after how many an episode has failed; 0: 150 in Meta-World, 300 in PushT.
       noise: on the executed actions, see `experts.demonstrate`.
+      skills: some of `experts.SKILLS`; see `experts.attempt`. Seeds take turns: seed s is played
+        with skill s modulo their number.
       num_workers: processes with environments; 0: one per core. pool: one to use in their place.
 
     Raises:
@@ -46,12 +52,14 @@ def collect(
             "collecting needs num_episodes of at least 1 and no negative seed, max_steps or noise; "
             f"got {num_episodes}, {seed}, {max_steps} and {noise}"
         )
+    _check_skills(skills, noise)
     output = files.local(output)
     files.check_output(output, overwrite=overwrite, ours=_is_collected)
     max_steps = envs.limit(tasks[0].simulator, max_steps)
     made = {task: envs.make(task) for task in tasks}
+    what = f"attempts ({', '.join(skills)})" if skills else "demonstrations"
     print(
-        f"{num_episodes} demonstrations of each of {', '.join(map(str, tasks))} in "
+        f"{num_episodes} {what} of each of {', '.join(map(str, tasks))} in "
         f"{tasks[0].simulator}, at most {max_steps} steps, seeds from {seed}; into {output}"
     )
     if dry_run:
@@ -62,27 +70,67 @@ def collect(
     if pool is None:
         own = workers.Pool(num_workers or min(processes.num_cores(), wanted))
     first, frames = next(iter(made.values())), 0
+    told = {"env": env, "num_episodes": num_episodes, "seed": seed}
+    told |= {"max_steps": max_steps, "noise": noise}
+    if skills:
+        told["skills"] = list(skills)
+        told["successes"] = {str(task): {skill: [0, 0] for skill in skills} for task in tasks}
     with (
         own as pool,
         writer.Writer(
             output,
             fps=first.fps,
-            features=first.features,
+            features=first.features | (experts.outcomes(first) if skills else {}),
             robot_type=tasks[0].simulator,
             overwrite=overwrite,
         ) as dataset,
-        metrics.Progress("demonstrations", wanted) as shown,
+        metrics.Progress("attempts" if skills else "demonstrations", wanted) as shown,
     ):
         for task in tasks:
-            for episode in _successes(pool, task, num_episodes, seed, max_steps, noise):
+            if skills:
+                counts = told["successes"][str(task)]
+                episodes = _attempts(pool, task, num_episodes, seed, max_steps, counts)
+            else:
+                episodes = _successes(pool, task, num_episodes, seed, max_steps, noise)
+            for episode in episodes:
                 dataset.add_episode(episode, made[task].prompt)
                 frames += len(episode["action"])
                 shown.step()
-        told = {"env": env, "num_episodes": num_episodes, "seed": seed}
-        told |= {"max_steps": max_steps, "noise": noise}
         told["versions"] = envs.versions(tasks[0].simulator)
         files.write_json(dataset.folder / SOURCE, told)
+    for task, counts in told.get("successes", {}).items():
+        shares = ", ".join(f"{skill} {n} of {of}" for skill, (n, of) in counts.items())
+        print(f"{task}: {sum(n for n, _ in counts.values())} successes: {shares}")
     print(f"{wanted} episodes, {frames} frames written to {output}")
+
+
+def _check_skills(skills: Sequence[str], noise: float) -> None:
+    unknown = [skill for skill in skills if skill not in experts.SKILLS]
+    if unknown or len(set(skills)) < len(skills):
+        raise ValueError(
+            f"skills={','.join(skills)}: expected some of {','.join(experts.SKILLS)}, each once"
+        )
+    if skills and noise:
+        raise ValueError(
+            f"noise={noise} is of demonstrations; attempts with skills have the skill noisy for it"
+        )
+
+
+def _attempts(
+    pool: workers.Pool,
+    task: envs.Task,
+    num_episodes: int,
+    seed: int,
+    max_steps: int,
+    counts: dict[str, list[int]],
+) -> Iterator[experts.Episode]:
+    """All attempts; adds to the successes and the attempts of each skill in `counts`."""
+    skills = list(counts)
+    jobs = [(task, s, skills[s % len(skills)]) for s in range(seed, seed + num_episodes)]
+    for (_, _, skill), episode in zip(jobs, pool.map_attempts(jobs, max_steps), strict=True):
+        counts[skill][0] += int(episode["next.success"][-1])
+        counts[skill][1] += 1
+        yield episode
 
 
 def _successes(

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 
-from policymix import processes
+from policymix import files, processes
 from policymix.reports import tables
 from policymix.sim import envs
 
@@ -18,6 +18,16 @@ _LEAST_PYTHON = (3, 11)
 _LEAST_DISK = 2 * 10**9  # what the quickstart and an environment of one's own need, roughly
 # What an extra of jax itself installs.
 _PLUGINS = {"cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
+# What needs an extra; all else, training and offline RL among it, needs none.
+_FOR = {
+    "cuda": "NVIDIA GPUs",
+    "tpu": "TPUs",
+    "rlds": "building RLDS datasets; reading them needs none",
+    "hub": "download.py, gs:// and hf:// paths",
+    "torch": "open-pi-zero's .pt checkpoints",
+    "notebooks": "experiments/notebooks",
+    "dev": "make test",
+}
 _EXTRA = re.compile(r";\s*extra\s*==\s*['\"]([\w-]+)['\"]")
 
 
@@ -38,7 +48,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at the interpreter, the packages, devices, simulators and the disk."""
-    return [_python(), *_packages(), _devices(), *map(_simulator, envs.TASKS), _cores(), _disk()]
+    simulators = map(_simulator, envs.TASKS)
+    return [_python(), *_packages(), _devices(), *simulators, _cores(), _disk(), _cache()]
 
 
 def table(findings: list[Finding]) -> str:
@@ -79,7 +90,8 @@ def _packages() -> list[Finding]:
         if absent:
             mend = f"make venv EXTRAS={extra}" if extra else "make venv"
             state = "missing" if extra else "broken"
-            mend = mend if not extra else f"if you need it, {mend}"
+            use = f" ({_FOR[extra]})" if extra in _FOR else ""
+            mend = mend if not extra else f"if you need it{use}, {mend}"
             findings.append(Finding(what, state, f"without {', '.join(absent)}", mend))
         else:
             shown = ", ".join(f"{n} {v}" for n, v in list(versions.items())[:4])
@@ -142,3 +154,13 @@ def _disk() -> Finding:
     if free < _LEAST_DISK:
         return Finding("disk", "broken", f"{free / 1e9:.1f} GB free", "make room: 2 GB are needed")
     return Finding("disk", "ok", f"{free / 1e9:.0f} GB free")
+
+
+def _cache() -> Finding:
+    """Where download.py and gs:// and hf:// paths put what they fetch."""
+    path = files.local(os.environ.get("POLICYMIX_CACHE") or "~/.cache/policymix")
+    parent = next(p for p in (path, *path.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        mend = "set POLICYMIX_CACHE to a folder that may be written"
+        return Finding("cache", "missing", f"{path}: {parent} cannot be written", mend)
+    return Finding("cache", "ok", f"{path}, {shutil.disk_usage(parent).free / 1e9:.0f} GB free")

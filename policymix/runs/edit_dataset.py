@@ -126,7 +126,8 @@ def check_operation(
         raise ValueError("convert into what? Give version, pictures or codec")
     if operation == "label_rewards" and "reward" not in given:
         raise ValueError(
-            "label_rewards needs reward: success_at_end, zero, a number, FILE.csv or FILE.json"
+            "label_rewards needs reward: success_at_end, zero, a number, FILE.csv, FILE.json or "
+            "sub-goals, as next.success>=1"
         )
 
 

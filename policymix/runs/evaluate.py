@@ -15,8 +15,8 @@ from policymix import files, intervals, memory, processes
 from policymix.checkpoints import provenance
 from policymix.data import validation as validation_lib
 from policymix.reports import evaluations, tables
+from policymix.runs import chunk_policies, metadata, policies, rollouts
 from policymix.runs import judge as judge_lib
-from policymix.runs import metadata, policies, rollouts
 from policymix.sim import envs, workers
 
 RESULT = "evaluation.json"
@@ -55,9 +55,8 @@ def evaluate(
     """
     started = time.monotonic()
     config = metadata.complete(config, checkpoints=request.checkpoints)
-    model = policies.model_config(config, why="evaluation")
     tasks = envs.parse_all(request.env or config.evaluate.env)
-    _check(config, request, model)
+    _check(config, request)
     envs.limit(tasks[0].simulator, config.evaluate.max_steps)
     names = _names(request)
     files.check_apart(
@@ -65,10 +64,11 @@ def evaluate(
         [p for p in (*request.checkpoints, request.validation) if pathlib.Path(p or "?").exists()],
     )
     files.check_output(request.output, overwrite=request.overwrite, ours=_is_evaluation)
-    candidates = [policies.Policy(config, model, name) for name in request.checkpoints]
+    candidates = [_policy(config, name) for name in request.checkpoints]
     judge = _judge(config, request, candidates[0])
     made = {task: envs.make(task) for task in tasks}
     for policy in candidates:
+        _check_chunk(config, policy)
         _check_robot(config, policy, made[tasks[0]])
     prompts = {task: env.prompt for task, env in made.items()}
     e = config.evaluate
@@ -118,23 +118,36 @@ def evaluate(
     return report
 
 
-def _check(config: ml_collections.ConfigDict, request: Request, model) -> None:
+def _policy(
+    config: ml_collections.ConfigDict, name: str
+) -> policies.Policy | chunk_policies.ChunkPolicy:
+    if chunk_policies.is_chunk_policy(name):
+        return chunk_policies.ChunkPolicy(config, name)
+    return policies.Policy(config, policies.model_config(config, why="evaluation"), name)
+
+
+def _check(config: ml_collections.ConfigDict, request: Request) -> None:
     """ValueError for settings that no evaluation can have."""
     e = config.evaluate
     if not request.checkpoints:
         raise ValueError("--checkpoints is empty: give what to evaluate, as --checkpoints=a,b,c")
     for name, least in (
-        ("num_episodes", 1), ("seed", 0), ("max_steps", 0), ("replan_steps", 1),
+        ("num_episodes", 1), ("seed", 0), ("max_steps", 0), ("replan_steps", 0),
         ("num_flow_steps", 1), ("num_workers", 0),
     ):  # fmt: skip
         if e[name] < least:
             raise ValueError(f"config.evaluate.{name} is {e[name]}; at least {least} is needed")
     if e.seed + e.num_episodes > 2**32:
         raise ValueError(f"config.evaluate.seed is {e.seed}; seeds end at {2**32 - 1}")
-    if e.replan_steps > model.action_horizon:
+
+
+def _check_chunk(config: ml_collections.ConfigDict, policy) -> None:
+    """ValueError if a policy's chunks are shorter than what is to be played of them."""
+    asked, horizon = config.evaluate.replan_steps, policy.model.action_horizon
+    if asked > horizon:
         raise ValueError(
-            f"config.evaluate.replan_steps is {e.replan_steps}, but a chunk has "
-            f"{model.action_horizon} actions (config.model.action_horizon)"
+            f"config.evaluate.replan_steps is {asked}, but a chunk of {policy.name} has {horizon} "
+            "actions; 0 plays whole chunks"
         )
 
 
@@ -149,7 +162,7 @@ def _names(request: Request) -> list[str]:
     return names
 
 
-def _check_robot(config: ml_collections.ConfigDict, policy: policies.Policy, env: envs.Env) -> None:
+def _check_robot(config: ml_collections.ConfigDict, policy, env: envs.Env) -> None:
     """ValueError if a policy reads or does what the environment does not have."""
     seen = {name: f["shape"] for name, f in env.features.items() if name != "action"}
     states = policy.encoder.wiring.state_keys

@@ -106,7 +106,7 @@ def complete(
     named = bool(data.path or data.repo_id)
     if not lacking and not (rate and named):
         return config
-    if lacking and (known := next(filter(None, map(_recorded, checkpoints)), None)):
+    if lacking and (known := next(filter(None, map(_run_of, checkpoints)), None)):
         return _filled(config, known["model"], known["data"]["cameras"])
     if not named:
         raise ValueError(
@@ -120,7 +120,7 @@ def complete(
         skip_unlabeled=data.skip_unlabeled,
         skip_bad=data.skip_bad_episodes,
     )
-    config = _filled(config, *_sizes(dataset, encoding.wiring(part.data))) if lacking else config
+    config = _filled(config, *sizes(dataset, encoding.wiring(part.data))) if lacking else config
     config = config.copy_and_resolve_references()
     if rate:
         config.data.fps = int(dataset.fps)
@@ -133,7 +133,7 @@ def complete(
     return config
 
 
-def _sizes(dataset: opening.Dataset, wired: encoding.Wiring) -> tuple[dict, dict]:
+def sizes(dataset: opening.Dataset, wired: encoding.Wiring) -> tuple[dict, dict]:
     """The model's fields, and its cameras' features, for a dataset."""
 
     def size(keys: Sequence[str]) -> int:
@@ -157,13 +157,18 @@ def _filled(config: ml_collections.ConfigDict, fields: dict, cameras: dict):
     return config
 
 
-def _recorded(checkpoint: str) -> dict | None:
-    """config.json of the run that a checkpoint is a step of."""
+def recorded(checkpoint: str) -> dict:
+    """config.json of the run that a checkpoint is a step of; {} where there is none."""
     if not checkpoint or hub.is_remote(checkpoint):
-        return None
+        return {}
     path = layout.directory_of(checkpoint).parent / "config.json"
     content = files.read_json(path) if path.is_file() else {}
-    content = content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _run_of(checkpoint: str) -> dict | None:
+    """What that says of a π0, where it says all."""
+    content = recorded(checkpoint)
     model, data = (content.get(section) for section in ("model", "data"))
     if not (isinstance(model, dict) and isinstance(data, dict)):
         return None

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ml_collections
 import numpy as np
 
 from policymix import metrics
-from policymix.runs import policies
+from policymix.runs import encoding
 from policymix.sim import envs, workers
 
 _LEAST_ROWS = 32  # smaller calls than this save less than compiling them costs
@@ -25,8 +25,23 @@ class Result:
     score: float
 
 
+class Policy(Protocol):
+    """What plays: `policies.Policy`, or a chunk-level learner's.
+
+    Attributes:
+      model: its configuration, of which action_horizon is looked at; encoder: what it reads.
+    """
+
+    model: Any
+    encoder: encoding.Encoder
+
+    def act(
+        self, raw: Mapping[str, Any], *, seeds: Sequence[int], call: int, num_flow_steps: int
+    ) -> np.ndarray: ...
+
+
 def roll_out(
-    policy: policies.Policy,
+    policy: Policy,
     pool: workers.Pool,
     episodes: Sequence[tuple[envs.Task, int]],
     config: ml_collections.ConfigDict,
@@ -44,11 +59,12 @@ def roll_out(
     """
     e, num_episodes = config.evaluate, len(episodes)
     limit = envs.limit(episodes[0][0].simulator, e.max_steps)
+    replan_steps = e.replan_steps or policy.model.action_horizon
     observations = dict(enumerate(pool.reset(episodes)))
     steps, scores = np.zeros(num_episodes, int), np.zeros(num_episodes)
     success = np.zeros(num_episodes, bool)
     with metrics.Progress("episodes", num_episodes, lines=0) as shown:
-        for call in range(-(-limit // e.replan_steps)):
+        for call in range(-(-limit // replan_steps)):
             live = sorted(observations)
             rows = live + [live[-1]] * (_rows(num_episodes, len(live)) - len(live))
             chunks = policy.act(
@@ -58,7 +74,7 @@ def roll_out(
                 call=call,
                 num_flow_steps=e.num_flow_steps,
             )  # fmt: skip
-            kept = min(e.replan_steps, limit - call * e.replan_steps)
+            kept = min(replan_steps, limit - call * replan_steps)
             outcomes = pool.step({k: chunks[row, :kept] for row, k in enumerate(live)})
             for k, outcome in outcomes.items():
                 steps[k] += outcome.steps
@@ -87,7 +103,7 @@ def _rows(num_episodes: int, live: int) -> int:
 def _raw(
     observations: Sequence[Mapping[str, np.ndarray]],
     tasks: Sequence[envs.Task],
-    policy: policies.Policy,
+    policy: Policy,
     config: ml_collections.ConfigDict,
     prompts: Mapping[envs.Task, str],
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from policymix import files, memory, metrics, sharding, trees
 from policymix.checkpoints import assets, keymaps, series, store
 from policymix.data import loader
 from policymix.models import lora, pi0, recognize
-from policymix.runs import metadata, policies
+from policymix.runs import metadata, policies, workdirs
 from policymix.runs import pipeline as pipeline_lib
 from policymix.training import optimizers
 from policymix.training import state as state_lib
@@ -50,7 +50,15 @@ def train(
     model = policies.model_config(config, why="training")
     workdir = files.local(workdir)
     _check_settings(config.train)
-    _check_workdir(config, workdir, overwrite=overwrite)
+    record = {section: config[section].to_dict() for section in _SECTIONS}
+    workdirs.check(
+        workdir,
+        record,
+        command="train.py",
+        free=_FREE,
+        inputs=(config.train.init_from, *config.data.path.split(","), config.data.norm_stats),
+        overwrite=overwrite,
+    )
     latest = None if overwrite else series.latest_step(workdir)
     resumed = None if latest is None else workdir / str(latest)
     pipeline = pipeline_lib.Pipeline(config, model, resumed)
@@ -76,7 +84,7 @@ def train(
     memory.keep_freed()
     if overwrite and workdir.exists():
         files.remove(workdir)
-    files.write_json(workdir / "config.json", _recorded(config))
+    workdirs.write(workdir, record)
     saved = series.Series(
         workdir, max_to_keep=config.train.max_to_keep, keep_period=config.train.keep_period or None
     )
@@ -281,53 +289,6 @@ def _some(paths: list[str]) -> str:
     if not paths:
         return ""
     return f" ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
-
-
-def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    return {section: config[section].to_dict() for section in _SECTIONS}
-
-
-def _check_workdir(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
-) -> None:
-    """Refuses a workdir that is not this run's, or that --overwrite may not replace."""
-    named = (config.train.init_from, *config.data.path.split(","), config.data.norm_stats)
-    if overwrite or not workdir.exists():
-        files.check_apart(workdir, [p for p in named if p and "://" not in p])
-    if not workdir.exists():
-        files.check_output(workdir, overwrite=False)
-        return
-    if files.is_empty(workdir):
-        return
-    if not _is_run(workdir):
-        raise FileExistsError(
-            f"--workdir {workdir} exists and is not a run of train.py; choose another"
-        )
-    if overwrite:
-        return
-    old, new = (
-        trees.flatten(c) for c in (files.read_json(workdir / "config.json"), _recorded(config))
-    )
-    changed = [
-        f"{path.replace('/', '.')}: {old.get(path)!r} then, {new.get(path)!r} now"
-        for path in sorted(old.keys() | new.keys())
-        if _as_list(old.get(path)) != _as_list(new.get(path)) and path.split("/")[-1] not in _FREE
-    ]
-    if changed:
-        raise ValueError(
-            f"{workdir} was begun with another config ({'; '.join(changed)}): choose another "
-            "--workdir, or pass --overwrite to start again"
-        )
-
-
-def _is_run(workdir: pathlib.Path) -> bool:
-    """Whether train.py made this directory: nothing else is resumed or replaced."""
-    recorded = workdir / "config.json"
-    return recorded.is_file() and set(files.read_json(recorded)) == set(_SECTIONS)
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _nbytes(tree: Any) -> int:

@@ -42,11 +42,17 @@ class Env(Protocol):
       prompt: the instruction, as a sentence or a phrase.
       fps: steps per simulated second.
       features: what observations and actions hold, as LeRobot declares features.
+      action_range: the least and the largest number of an action; others are clipped.
+      info_keys: what the simulator tells of a step beside its score and success.
+      info: it, a number each, of the last step.
     """
 
     prompt: str
     fps: int
     features: dict[str, dict[str, Any]]
+    action_range: tuple[float, float]
+    info_keys: tuple[str, ...]
+    info: dict[str, float]
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         """Starts an episode that depends on the seed alone; returns its first observation."""

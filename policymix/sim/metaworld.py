@@ -22,6 +22,11 @@ FEATURES = {
     "action": {"dtype": "float32", "shape": (4,), "names": ["dx", "dy", "dz", "gripper"]},
 }
 
+# What a step's sub-goals show in: whether the hand is at the object, whether it holds it, how far
+# its way to the goal is done in [0, 1], and the distance that is left. Tasks differ in what they
+# make of the first three.
+INFO_KEYS = ("near_object", "grasp_success", "in_place_reward", "obj_to_target")
+
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # also the solver's warm start: steps repeat exactly
 _PLACES = ("body_pos", "body_quat", "site_pos")  # where tasks put things: fields of the model
 _MOST_STARTS = 2000  # remembered for each task, 30 kB each
@@ -35,6 +40,8 @@ class Env:
 
     fps = FPS
     features = FEATURES
+    action_range = (-1.0, 1.0)
+    info_keys = INFO_KEYS
 
     def __init__(self, name: str, low: float = 0.0, high: float = 1.0):
         """A task whose objects and goals start in a part of their x-range.
@@ -49,6 +56,7 @@ class Env:
         self._simulation = _simulation(name)
         self._starts = _part(self._simulation.start_space, name, low, high)
         self._env: Any = None
+        self.info: dict[str, float] = {}  # of the last step
         self.physics: tuple[np.ndarray, ...] | None = None  # while another has the simulation
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
@@ -84,7 +92,8 @@ class Env:
                 "choose fewer steps per episode"
             )
         self._simulation.give_to(self)
-        state, reward, _, _, info = self._env.step(np.clip(np.float32(action), -1, 1))
+        state, reward, _, _, info = self._env.step(np.clip(np.float32(action), *self.action_range))
+        self.info = {key: float(info[key]) for key in INFO_KEYS}
         observation = {"observation.state": state.astype(np.float32)} if observe else None
         return observation, float(np.clip(reward / 10, 0, 1)), bool(info["success"])
 

@@ -49,6 +49,8 @@ class Env:
     prompt = "Push the T-shaped block onto the T-shaped target."
     fps = FPS
     features = FEATURES
+    action_range = (0.0, SIZE)
+    info_keys = ("coverage",)  # of the target by the block, in [0, 1]
 
     def __init__(self, low: float = 0.0, high: float = 1.0):
         """PushT whose block starts in a part of its x-range.
@@ -60,6 +62,7 @@ class Env:
         self.world = World()
         self._part = (low, high)
         self._started = False
+        self.info: dict[str, float] = {}  # of the last step
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         """Starts an episode that depends on the seed alone; returns its first observation."""
@@ -78,7 +81,8 @@ class Env:
         """
         if not self._started:
             raise ValueError("PushT-v0: reset the environment before its first step")
-        _, reward, _, _, info = self.world.step(np.clip(np.float32(action), 0, SIZE))
+        _, reward, _, _, info = self.world.step(np.clip(np.float32(action), *self.action_range))
+        self.info = {key: float(info[key]) for key in self.info_keys}
         observation = self._observation() if observe else None
         return observation, float(reward), bool(info["is_success"])
 

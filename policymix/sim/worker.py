@@ -56,6 +56,11 @@ class Worker:
         name = f"{task}, seed {seed}"
         return _told(name, experts.demonstrate, task, seed, max_steps, noise)
 
+    def attempt(self, task: envs.Task, seed: int, max_steps: int, skill: str) -> experts.Episode:
+        """See `experts.attempt`."""
+        name = f"{task}, seed {seed}"
+        return _told(name, experts.attempt, task, seed, max_steps, skill)
+
     def _start(self, number: int, task: envs.Task, seed: int) -> dict[str, np.ndarray]:
         name = f"episode {number} ({task}, seed {seed})"
         env = _told(name, envs.make, task)

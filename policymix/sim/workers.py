@@ -116,13 +116,21 @@ class Pool:
         They are made a little ahead of their use. Live episodes stay as they are, but the pool can
         do nothing else before the iterator ends or is closed.
         """
+        jobs = ((task, seed, max_steps, noise) for task, seed in jobs)
+        return self._map("demonstrate", jobs)
+
+    def map_attempts(
+        self, jobs: Iterable[tuple[envs.Task, int, str]], max_steps: int
+    ) -> Iterator[experts.Episode]:
+        """The same for `experts.attempt`: task, seed and skill of each."""
+        jobs = ((task, seed, max_steps, skill) for task, seed, skill in jobs)
+        return self._map("attempt", jobs)
+
+    def _map(self, method: str, jobs: Iterable[tuple]) -> Iterator[Any]:
         self._check_free()
         self._demonstrating = True
         waiting = [collections.deque() for _ in self._processes]  # (number, request) in each
-        requests = (
-            (number, ("demonstrate", (task, seed, max_steps, noise)))
-            for number, (task, seed) in enumerate(jobs)
-        )
+        requests = ((number, (method, job)) for number, job in enumerate(jobs))
         try:
             yield from self._in_order(requests, waiting)
         except KeyboardInterrupt:  # perhaps in the middle of an answer

@@ -1,6 +1,6 @@
 """The state of training, and one step of it: state in, (state, metrics) out."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.struct
@@ -32,6 +32,19 @@ class TrainState:
     def policy_params(self) -> Params:
         """What evaluation and mixing take: the average where there is one, as in OpenPI."""
         return self.params if self.ema_params is None else self.ema_params
+
+    def rest(self) -> dict[str, Any]:
+        """What a checkpoint holds beside `policy_params`; raw parameters where these are their
+        average.
+        """
+        raw = {} if self.ema_params is None else dict(self.params)
+        return {"step": self.step, "params": raw, "opt_state": self.opt_state}
+
+    def joined(self, policy_params: Params, rest: Mapping[str, Any]) -> "TrainState":
+        """The state, of this one's structure, that those two are parts of."""
+        if self.ema_params is None:
+            return TrainState(rest["step"], policy_params, rest["opt_state"], None)
+        return TrainState(rest["step"], rest["params"], rest["opt_state"], policy_params)
 
 
 def init(params: Params, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:

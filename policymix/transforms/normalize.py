@@ -15,7 +15,8 @@ import numpy as np
 from policymix.transforms import compose, selection
 
 FIELDS = ("mean", "std", "q01", "q99")
-SCHEMES = ("mean_std", "quantiles", "bounds")
+SCHEMES = ("mean_std", "quantiles", "bounds", "none")
+_OF_QUANTILES = ("quantiles", "bounds")
 QUANTILES = (0.01, 0.99)
 _EPSILON = {"mean_std": 1e-6, "quantiles": 1e-6, "bounds": 1e-8}
 
@@ -51,14 +52,14 @@ def normalize(x, stats: NormStats, *, scheme: str, mask: Sequence[bool] | None =
     Args:
       scheme: "mean_std": (x - mean) / (std + 1e-6); "quantiles": 2 (x - q01) / (q99 - q01 + 1e-6)
         - 1, both OpenPI's; "bounds": clip(2 (x - q01) / (q99 - q01 + 1e-8) - 1, -1, 1),
-        open-pi-zero's.
+        open-pi-zero's; "none": x, as in rlvla and for actions that are within ±1 already.
       mask: [d]; where it is False, dimensions pass through, as commands to a gripper may.
     """
     d = x.shape[-1]
     if d > len(stats.mean):
         raise ValueError(f"norm stats have {len(stats.mean)} dimensions, the data {d}")
     low, width = (values[:d] for values in _affine(stats, scheme))
-    if scheme == "mean_std":
+    if scheme not in _OF_QUANTILES:
         normed = (x - low) / width
     elif scheme == "quantiles":
         normed = (x - low) / width * 2.0 - 1.0
@@ -74,7 +75,8 @@ def unnormalize(x, stats: NormStats, *, scheme: str, mask: Sequence[bool] | None
     d = min(x.shape[-1], len(stats.mean))
     head, tail = x[..., :d], x[..., d:]
     low, width = (values[:d] for values in _affine(stats, scheme))
-    raw = head * width + low if scheme == "mean_std" else (head + 1.0) / 2.0 * width + low
+    unit = (head + 1.0) / 2.0 if scheme in _OF_QUANTILES else head
+    raw = unit * width + low
     if mask is not None:
         raw = np.where(_checked(mask, stats)[:d], raw, head)
     return np.concatenate([raw, tail], axis=-1)
@@ -88,6 +90,8 @@ def _affine(stats: NormStats, scheme: str) -> tuple[np.ndarray, np.ndarray]:
             f"normalisation {scheme!r}: expected one of {', '.join(SCHEMES)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
+    if scheme == "none":
+        return np.zeros_like(stats.mean), np.ones_like(stats.mean)
     if scheme == "mean_std":
         return stats.mean, stats.std + _EPSILON[scheme]
     if stats.q01 is None or stats.q99 is None:
@@ -149,7 +153,7 @@ def constant_dims(stats: NormStats, scheme: str = "mean_std") -> list[int]:
     """
     # Beyond float64's rounding of a mean, and far below any sensor's.
     flat = stats.std <= 1e-9 * np.maximum(np.abs(stats.mean), 1.0)
-    if scheme != "mean_std":
+    if scheme in _OF_QUANTILES:
         low, width = _affine(stats, scheme)
         flat = flat | (width - _EPSILON[scheme] <= 1e-9 * np.maximum(np.abs(low), 1.0))
     return [int(d) for d in np.flatnonzero(flat)]

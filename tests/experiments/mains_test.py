@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from configs.common import PUSHT
 from policymix.data import writer
 from tests import commands, oracle
 from tests.runs import sim_support
@@ -277,6 +278,11 @@ def policy(tmp_path_factory):
             ("--operation=convert", "--version=v2.1", "--source=SOURCE", "--output=OUT"),
         ),
         ("benchmark.py", ()),
+        (
+            "offline_rl.py",
+            (f"--config.data.path={PUSHT}", "--config.offline_rl.pictures=False", "--workdir=OUT"),
+        ),
+        ("download.py", ("--name=pi05_libero,hf://datasets/lerobot/pusht", "--output=OUT")),
     ],
 )
 def test_dry_run_prints_and_touches_nothing(main, arguments, tmp_path, source, policy, capsys):
@@ -301,6 +307,15 @@ def test_mains_are_thin():
     [
         ("mix.py", (f"--checkpoints={oracle.step('pi0', 'base')}", "--output=OUT")),
         ("train.py", (STATE, "--workdir=OUT")),
+        (
+            "offline_rl.py",
+            (
+                f"--config.data.path={PUSHT}",
+                "--config.offline_rl.pictures=False",
+                "--workdir=OUT",
+                "--config.offline_rl.num_steps=2",
+            ),
+        ),
     ],
 )
 def test_a_write_that_fails_is_one_line_and_leaves_no_checkpoint(main, arguments, tmp_path):

@@ -124,6 +124,50 @@ def test_noise_leads_elsewhere(pool, tmp_path):
     assert (first[1] != second[1]).any()
 
 
+@pytest.fixture(scope="module")
+def attempts(pool, tmp_path_factory):
+    path = tmp_path_factory.mktemp("attempts") / "mixed"
+    options = {"num_episodes": 6, "seed": 7, "max_steps": 60}
+    collect_demos.collect(ENV, path, pool=pool, skills=("expert", "slow", "wandering"), **options)
+    return path
+
+
+def test_attempts_of_every_skill_are_kept_with_what_came_of_them(attempts):
+    dataset, told = (
+        lerobot.open_dataset(attempts),
+        json.loads((attempts / "collected.json").read_text()),
+    )
+    assert dataset.num_episodes == 12
+    assert told["skills"] == ["expert", "slow", "wandering"]
+    success, done, info = (
+        dataset.column(key) for key in ("next.success", "next.done", "info.obj_to_target")
+    )
+    assert (success.dtype, done.dtype, info.dtype) == (bool, bool, np.float32)
+    counts = {
+        str(task): {skill: [0, 0] for skill in told["skills"]} for task in envs.parse_all(ENV)
+    }
+    for number, (states, actions, _) in enumerate(episodes_of(dataset)):
+        task, seed = envs.parse_all(ENV)[number // 6], 7 + number % 6
+        skill = told["skills"][seed % 3]
+        want = experts.attempt(task, seed, 60, skill)
+        np.testing.assert_array_equal(states, want["observation.state"])
+        np.testing.assert_array_equal(actions, want["action"])
+        part = slice(dataset.episode_from[number], dataset.episode_to[number])
+        for key in ("next.reward", "next.success", "next.done", "info.near_object"):
+            np.testing.assert_array_equal(np.ravel(dataset.column(key)[part]), want[key])
+        counts[str(task)][skill][0] += int(want["next.success"][-1])
+        counts[str(task)][skill][1] += 1
+    assert told["successes"] == counts
+    assert 0 < sum(n for task in counts.values() for n, _ in task.values()) < 12
+
+
+def test_one_process_writes_the_same_attempts(attempts, tmp_path):
+    skills = ("expert", "slow", "wandering")
+    with workers.Pool(1) as single:
+        collect(ENV, tmp_path / "one", single, num_episodes=6, seed=7, max_steps=60, skills=skills)
+    assert content(tmp_path / "one") == content(attempts)
+
+
 def test_starts_lie_in_the_part_asked_for(pool, tmp_path):
     dataset = collect("metaworld/push-v3@0.8:1", tmp_path / "part", pool)
     starts = dataset.column("observation.state")[dataset.episode_from]
@@ -170,6 +214,13 @@ def test_dry_run_starts_no_process_and_writes_nothing(tmp_path, monkeypatch, cap
         ("metaworld/reach-v3", {"num_episodes": 0}, "num_episodes of at least 1"),
         ("metaworld/reach-v3", {"noise": float("nan")}, "no negative seed, max_steps or noise"),
         ("metaworld/reach-v3", {"seed": -1}, "no negative seed"),
+        ("metaworld/reach-v3", {"skills": ["exprt"]}, "skills=exprt: expected some of expert,slow"),
+        ("metaworld/reach-v3", {"skills": ["slow", "slow"]}, "skills=slow,slow: .* each once"),
+        (
+            "metaworld/reach-v3",
+            {"skills": ["slow"], "noise": 0.1},
+            "noise=0.1 is of demonstrations",
+        ),
         ("metaworld/reech-v3", {}, "no task 'reech-v3'.*did you mean reach-v3"),
         ("", {}, "expected SIMULATOR/TASK"),
         ("metaworld/reach-v3", {"max_steps": 501}, "max_steps is 501; metaworld ends .* after 500"),

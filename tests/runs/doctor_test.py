@@ -41,6 +41,7 @@ def test_everything_is_looked_at_once(findings):
         "simulator pusht",
         "machine",
         "disk",
+        "cache",
     ]
     assert {finding.state for finding in findings} <= {"ok", "missing", "broken"}
     assert all(finding.mend for finding in findings if finding.state != "ok")
@@ -69,8 +70,19 @@ def test_nothing_to_be_done_is_said():
 @pytest.mark.parametrize(
     ("package", "what", "state", "mend"),
     [
-        ("pytest", "extra dev", "missing", "if you need it, make venv EXTRAS=dev"),
-        ("jax-cuda12-plugin", "extra cuda", "missing", "if you need it, make venv EXTRAS=cuda"),
+        ("pytest", "extra dev", "missing", "if you need it (make test), make venv EXTRAS=dev"),
+        (
+            "jax-cuda12-plugin",
+            "extra cuda",
+            "missing",
+            "if you need it (NVIDIA GPUs), make venv EXTRAS=cuda",
+        ),
+        (
+            "huggingface_hub",
+            "extra hub",
+            "missing",
+            "if you need it (download.py, gs:// and hf:// paths), make venv EXTRAS=hub",
+        ),
         ("numpy", "policymix", "broken", "make venv"),
     ],
 )
@@ -143,6 +155,23 @@ def test_an_old_python_a_full_disk_and_an_idle_gpu_are_told(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     finding = doctor._devices()
     assert (finding.state, finding.mend) == ("missing", "there is a GPU: make venv EXTRAS=cuda")
+
+
+def test_every_extra_says_what_it_is_for():
+    extras = importlib.metadata.metadata("policymix").get_all("Provides-Extra")
+    assert set(doctor._FOR) == {*extras} - {"sim"}  # simulators are looked at one by one
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("POLICYMIX_CACHE", str(tmp_path / "a" / "cache"))
+    found = doctor._cache()
+    assert (found.state, found.mend) == ("ok", "")
+    assert found.found.startswith(f"{tmp_path / 'a' / 'cache'}, ")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("POLICYMIX_CACHE", str(tmp_path / "file"))
+    assert doctor._cache().state == "missing"
+    assert "POLICYMIX_CACHE" in doctor._cache().mend
 
 
 def examined(**env) -> subprocess.CompletedProcess:

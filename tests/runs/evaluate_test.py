@@ -174,8 +174,8 @@ def refused(output, *checkpoints, config=None, **fields):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"replan_steps": 9}, r"replan_steps is 9, but a chunk has 8 actions"),
-        ({"replan_steps": 0}, "replan_steps is 0; at least 1"),
+        ({"replan_steps": 9}, r"replan_steps is 9, but a chunk of .* has 8 actions"),
+        ({"replan_steps": -1}, "replan_steps is -1; at least 0"),
         ({"num_episodes": 0}, "num_episodes is 0; at least 1"),
         ({"seed": 2**32 - 1}, "seed is 4294967295; seeds end at 4294967295"),
         ({"num_flow_steps": 0}, "num_flow_steps is 0; at least 1"),
@@ -244,7 +244,7 @@ def test_checkpoints_that_do_not_act_are_refused(made, tmp_path, monkeypatch):
     [
         ({"state_key": "observation.stat"}, {}, "state_key is 'observation.stat'; .* observe obs"),
         ({"cameras": {"base": "top"}}, {"image_keys": ("base",)}, "config.model and"),
-        ({}, {"action_horizon": 4}, "replan_steps is 8, but a chunk has 4"),
+        ({}, {"action_horizon": 4}, "replan_steps is 8, but a chunk of .* has 4"),
         ({"tokenizer": "letters"}, {}, "tokenizer is 'letters'"),
     ],
 )

@@ -88,6 +88,8 @@ def test_observations_are_as_declared(task):
             assert value.shape == shape
     assert 0 <= score <= 1
     assert success is False
+    assert tuple(env.info) == env.info_keys
+    assert all(type(value) is float for value in env.info.values())
     assert env.step(action, observe=False)[0] is None
 
 
@@ -108,6 +110,7 @@ def test_the_seed_decides_the_start_whatever_was_played_before(task):
 @pytest.mark.parametrize("task", [PUSH, PUSHT], ids=str)
 def test_actions_are_clipped_to_what_the_task_allows(task):
     limits = [1.0] * 4 if task is PUSH else [512.0] * 2
+    assert envs.make(task).action_range[1] == limits[0]
     found = []
     for scale in (1, 7):
         env = envs.make(task)

@@ -171,6 +171,13 @@ def test_demonstrations_come_in_order_from_however_many_processes(pool):
         assert want is None or _same(episode, want)
 
 
+def test_attempts_come_in_order_from_however_many_processes(pool):
+    jobs = [(PUSH, 0, "slow"), (REACH, 1, "expert"), (REACH, 2, "noisy"), (PUSHT, 0, "biased")]
+    found = list(pool.map_attempts(jobs, 40))
+    for (task, seed, skill), episode in zip(jobs, found, strict=True):
+        assert _same(episode, experts.attempt(task, seed, 40, skill))
+
+
 def test_demonstrations_may_be_left_early_and_leave_live_episodes_alone(pool, undisturbed):
     pool.reset(EPISODES)
     first = pool.step(_chunks(range(5), 0))

@@ -1,0 +1,245 @@
+"""The learner as a whole: what an update may depend on, what a state holds, and what is learned."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from policymix.rl import learner, losses, networks
+from policymix.rl import state as states
+from policymix.rl.config import ALGORITHMS, LearnerConfig
+from policymix.structs import ChunkBatch, Observation
+
+SIZES = {"action_dim": 2, "proprio_dim": 3, "action_horizon": 2, "hidden_dim": 8, "num_layers": 2,
+         "feature_dim": 8, "num_samples": 2, "num_flow_steps": 2, "num_candidates": 3}  # fmt: skip
+KINDS = [(name, "gaussian") for name in ("chunk_iql", "chunk_soft", "cloning")]
+KINDS += [(name, "flow") for name in ("chunk_iql", "cloning", "qc", "qc_fql")]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids="-".join)
+update = jax.jit(learner.update, static_argnums=0)
+update_many = jax.jit(learner.update_many, static_argnums=0)
+act = jax.jit(learner.act, static_argnums=0)
+
+
+def config_of(kind, **changes) -> LearnerConfig:
+    return LearnerConfig(algorithm=kind[0], policy=kind[1], **SIZES | changes)
+
+
+def batch_of(config, *lead) -> ChunkBatch:
+    """With leading axes and then a batch of 4."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal((*lead, 4, *shape), np.float32))
+
+    def seen():
+        return Observation(images={}, image_masks={}, proprio=normal(config.proprio_dim))
+
+    return ChunkBatch(
+        observation=seen(),
+        actions=jnp.tanh(normal(config.action_horizon, config.action_dim)),
+        action_is_pad=jnp.asarray(rng.random((*lead, 4, config.action_horizon)) < 0.2),
+        rewards=normal(),
+        discounts=jnp.full((*lead, 4), 0.9),
+        next_observation=seen(),
+        has_next=jnp.asarray(rng.random((*lead, 4)) < 0.8),
+    )
+
+
+@functools.cache
+def start(config):
+    return jax.jit(learner.init, static_argnums=0)(config, jax.random.key(0))
+
+
+def equal(found, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), found, expected)
+
+
+def test_every_algorithm_is_tried_here():
+    assert {name for name, _ in KINDS} == set(ALGORITHMS)
+
+
+@every_kind
+def test_k_updates_in_one_loop_are_k_updates(kind):
+    """And each is a function of state, batch and key alone."""
+    config, key = config_of(kind), jax.random.key(1)
+    batches = batch_of(config, 3)
+    state = start(config)
+    for i in range(3):
+        state, metrics = update(config, state, jax.tree.map(lambda x, i=i: x[i], batches), key)
+    together, last = update_many(config, start(config), batches, key)
+    equal(together, state, rtol=1e-4, atol=1e-5)
+    equal(last, metrics, rtol=1e-3, atol=1e-5)
+    assert together.step == 3
+    assert all(np.ndim(value) == 0 and np.isfinite(value) for value in metrics.values())
+    assert {"loss", "policy/loss", "policy/grad_norm"} <= metrics.keys()
+    again, _ = update_many(config, start(config), batches, key)
+    equal(again, together, rtol=0)
+
+
+@every_kind
+def test_every_network_moves_and_nothing_else_has_moments(kind):
+    config = config_of(kind)
+    state, metrics = update(config, start(config), batch_of(config), jax.random.key(1))
+    for name, network in state.params.items():
+        moved = jax.tree.map(lambda a, b: np.any(a != b), network, start(config).params[name])
+        assert any(jax.tree.leaves(moved)), name
+        assert metrics[f"{name}/grad_norm"] > 0
+        moments = states.adam(config).init(network)
+        assert jax.tree.structure(state.opt_state[name]) == jax.tree.structure(moments)
+    assert state.opt_state.keys() == state.params.keys()
+    assert set(state.targets) <= {"critic"}
+    assert bool(state.targets) == (kind[0] != "cloning")
+    for name, target in state.targets.items():
+        expected = states.polyak(
+            {name: start(config).targets[name]}, {name: state.params[name]}, config.ema_decay
+        )
+        equal(target, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+def test_a_policy_acts_and_its_chunks_have_values(kind):
+    config = config_of(kind)
+    params, observation = start(config).policy_params, batch_of(config).observation
+    chunks = act(config, params, observation, jax.random.key(2))
+    assert chunks.shape == (4, config.action_horizon, config.action_dim)
+    same = np.all(chunks == act(config, params, observation, jax.random.key(3)))
+    assert same == (config.policy == "gaussian")
+    if kind[0].startswith("qc"):
+        assert np.abs(chunks).max() <= 1
+    if kind[0] == "cloning":
+        with pytest.raises(ValueError, match="no critic"):
+            learner.q_and_v(config, params, observation, chunks)
+        return
+    q, v = learner.q_and_v(config, params, observation, chunks)
+    read = networks.features(config, params, "critic", observation)
+    equal(q, np.min(networks.critic(config, params, read, chunks), axis=0), rtol=1e-5)
+    assert v.shape == (4,)
+    assert np.all(np.isfinite(v))
+
+
+@pytest.mark.parametrize("algorithm", ["chunk_iql", "qc"])
+def test_the_critic_chooses_among_candidates(algorithm):
+    """The chunk that is played is the one of the flow's that it values most."""
+    config = config_of((algorithm, "flow"), num_candidates=8)
+    params, observation = start(config).params, batch_of(config).observation
+    read = observation.proprio
+    shape = (4, 8, config.action_horizon, config.action_dim)
+    chunks = losses.integrate(
+        lambda x_t, t: networks.velocity(config, params, read, x_t, t),
+        jax.random.normal(jax.random.key(4), shape),
+        config.num_flow_steps,
+    )
+    chunks = np.clip(chunks, -1, 1) if algorithm == "qc" else np.asarray(chunks)
+    q = networks.critic(config, params, read, chunks)
+    best = np.argmax(np.mean(q, axis=0) if algorithm == "qc" else np.min(q, axis=0), axis=1)
+    assert len(set(best.tolist())) > 1
+    found = act(config, params, observation, jax.random.key(4))
+    equal(found, chunks[np.arange(4), best], rtol=1e-4, atol=1e-5)
+
+
+def test_one_candidate_asks_no_critic():
+    config = config_of(("chunk_iql", "flow"), num_candidates=1)
+    params = {"policy": start(config).params["policy"]}
+    observation = batch_of(config).observation
+    whole = act(config, start(config).params, observation, jax.random.key(4))
+    equal(act(config, params, observation, jax.random.key(4)), whole, rtol=1e-6)
+
+
+def test_polyak_ends():
+    old, new = {"critic": {"w": jnp.zeros(3)}}, {"critic": {"w": jnp.ones(3)}, "value": jnp.ones(1)}
+    equal(states.polyak(old, new, 0.0), {"critic": {"w": np.ones(3)}})
+    equal(states.polyak(old, new, 1.0), old)
+    equal(states.polyak(old, new, 0.75), {"critic": {"w": np.full(3, 0.25)}})
+    assert states.polyak({}, new, 0.5) == {}
+
+
+def test_each_networks_gradient_is_clipped_by_itself():
+    """Adam does not see the scale of its gradients, so look at its first moment."""
+    config = config_of(("chunk_iql", "gaussian"), clip_norm=0.01)
+    state, metrics = update(config, start(config), batch_of(config), jax.random.key(1))
+    for name in ("critic", "value", "policy"):
+        assert metrics[f"{name}/grad_norm"] > 0.01  # as it was
+        (moments,) = (s for s in jax.tree.leaves(
+            state.opt_state[name], is_leaf=lambda s: isinstance(s, optax.ScaleByAdamState)
+        ) if isinstance(s, optax.ScaleByAdamState))  # fmt: skip
+        np.testing.assert_allclose(optax.tree.norm(moments.mu), 0.1 * 0.01, rtol=1e-4)
+
+
+def test_the_norm_of_a_gradient_is_its_norm():
+    """Summed in an order of its own."""
+    config = config_of(("chunk_iql", "gaussian"))
+    state = start(config)
+    found, metrics = states.apply_gradients(config, state, {"critic": state.params["critic"]})
+    expected = optax.tree.norm(state.params["critic"])
+    np.testing.assert_allclose(metrics["critic/grad_norm"], expected, rtol=1e-5)
+    equal(found.params["value"], state.params["value"], rtol=0)
+    assert found.step == state.step
+
+
+# What is learned: of two chunks that the data has in every state, one earns a reward.
+
+BANDIT = {"action_dim": 1, "proprio_dim": 2, "action_horizon": 2, "hidden_dim": 32,
+          "num_layers": 2, "learning_rate": 3e-3, "num_flow_steps": 5}  # fmt: skip
+_GOOD, _BAD = 0.6, -0.6
+
+
+def bandit(num_updates, size=64) -> ChunkBatch:
+    rng = np.random.default_rng(0)
+    good = rng.random((num_updates, size)) < 0.5
+    actions = np.where(good, _GOOD, _BAD)[..., None, None] + 0.05 * rng.standard_normal(
+        (num_updates, size, 2, 1)
+    )
+    observation = Observation(
+        images={}, image_masks={},
+        proprio=jnp.asarray(rng.standard_normal((num_updates, size, 2), np.float32)),
+    )  # fmt: skip
+    return ChunkBatch(
+        observation=observation,
+        actions=jnp.asarray(actions, jnp.float32),
+        action_is_pad=jnp.zeros((num_updates, size, 2), bool),
+        rewards=jnp.asarray(good, jnp.float32),
+        discounts=jnp.zeros((num_updates, size)),
+        next_observation=observation,
+        has_next=jnp.ones((num_updates, size), bool),
+    )
+
+
+def played(algorithm, policy, **changes) -> np.ndarray:
+    """Chunks for 200 states after 400 updates."""
+    config = LearnerConfig(algorithm=algorithm, policy=policy, **BANDIT | changes)
+    batches = bandit(400)
+    state, metrics = update_many(config, start(config), batches, jax.random.key(1))
+    assert all(np.isfinite(value) for value in metrics.values())
+    proprio = jnp.asarray(np.random.default_rng(1).standard_normal((200, 2), np.float32))
+    observation = Observation(images={}, image_masks={}, proprio=proprio)
+    return np.asarray(act(config, state.params, observation, jax.random.key(2)))[..., 0]
+
+
+def test_iql_plays_what_earns_and_cloning_the_mean_of_both():
+    better = played("chunk_iql", "gaussian")
+    assert np.abs(better - _GOOD).mean() < 0.15
+    assert np.abs(played("cloning", "gaussian")).mean() < 0.2
+
+
+def test_iqls_flow_plays_what_earns_and_clonings_flow_either():
+    better = np.mean(played("chunk_iql", "flow") > 0.3)
+    either = np.mean(played("cloning", "flow") > 0.3)
+    assert better > 0.85
+    assert 0.3 < either < 0.7
+    assert np.mean(played("chunk_iql", "flow", num_candidates=4) > 0.3) > 0.95
+
+
+@pytest.mark.parametrize(
+    "kind", [("qc", {"num_candidates": 8}), ("qc_fql", {"distill_scale": 1.0})], ids=str
+)
+def test_q_chunking_plays_what_earns(kind):
+    assert np.mean(played(kind[0], "flow", **kind[1]) > 0.3) > 0.95
+
+
+def test_settings_of_a_learner_are_hashable_and_decide_its_program():
+    config = config_of(("chunk_iql", "gaussian"))
+    assert hash(config) == hash(dataclasses.replace(config))
