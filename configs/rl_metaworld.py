@@ -19,9 +19,9 @@ Of the 600 attempts 282 succeed: 120 of 120 of the expert, 79 of noisy, 50 of sl
 and 5 of biased. A learner of 0.9 M parameters takes 30 ms of a core a step, 6 ms for cloning.
 
 The settings below were chosen with seed 100, at horizon 5 and 4000 steps, by 150 roll-outs (50 a
-task, seeds from 500000). chunk_iql: 40 % [33, 48] at learning rate 3e-4 and temperature 0.1; at 1e-3
-59 % [51, 66], with temperature 0.05 69 % [62, 76], with 0.02 66 % [58, 73]. chunk_soft at
-temperature 0.1: 46 % [38, 54]. Cloning of all: 46 % [38, 54]. But cloning of the 282 successes
+task, seeds from 500000). chunk_iql: 40 % [33, 48] at learning rate 3e-4 and temperature 0.1; at
+1e-3 59 % [51, 66], with temperature 0.05 69 % [62, 76], with 0.02 66 % [58, 73]. chunk_soft at 1e-3
+and 0.1: 46 % [38, 54]. Cloning of all at 1e-3: 46 % [38, 54]. But cloning of the 282 successes
 alone, a control that takes edit_dataset.py --operation=delete: 96 % [92, 98]. Where successes are
 many and known as such, keep them and clone.
 

@@ -9,16 +9,18 @@ one before has just been updated to: Q, then V, then π.
 
 The program that these losses are from has T_H = 1, no target networks, one critic and no clip:
 LearnerConfig(algorithm="chunk_soft", entropy_temperature=1.0, max_weight=0, ema_decay=0,
-num_critics=1, min_std=1e-6, max_token_len=0). That diverges. -log π is a sum over h * a numbers
-(70 for ten actions of seven), each of which grows by -log std as the policy narrows, which its loss
-makes it do; so the entropy alone drives V and Q to
+num_critics=1, min_std=1e-6, max_token_len=0). That diverges, in a circle. With no network to
+average over time, V and Q settle, if at all, at
 
-    V ≈ E[Σ r] + T_H * (h * a) * (-log std - 1.42...) * (-1) / (1 - γ^h)
+    V ≈ (E[rewards] + T_H * Σ (log std + 1.42)) / (1 - γ^h)
 
-while returns are of the order of one. Then exp(Q - V) is one sample's alone in each batch (the
-effective batch falls to 1 of 32), the policy narrows onto it, -log π of its neighbours grows
-without bound, and exp overflows at an advantage of 89. The defaults keep all of these small: T_H =
-1e-3, weights of at most 100, and Q by the smaller of two slowly moving averages.
+where the sum, the entropy, has h * a terms: 70 for ten actions of seven. At h = 10 and γ = 0.99
+one unit of log std moves V by 730, while returns are of the order of one. The policy's loss narrows
+std where it has data and says nothing about the mean elsewhere; samples are chunks nobody played,
+Q of them is extrapolated, V believes it, and Q's target is V. Meanwhile exp((Q - V) / T) with
+advantages of hundreds is one chunk's alone (the effective batch falls to 1 of 32) and overflows
+float32 at 89. The defaults break it at each place: T_H = 1e-3, weights of at most 100, and the
+smaller of two slowly moving critics where samples and data are judged.
 
 Sources: soft values: Haarnoja et al. 2018 (arXiv:1801.01290); weights: Peng et al. 2019
 (arXiv:1910.00177); the smaller of two: Fujimoto et al. 2018 (arXiv:1802.09477).

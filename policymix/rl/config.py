@@ -1,4 +1,4 @@
-"""What decides a chunk-level learner: its algorithm, its networks, and the numbers in its losses."""
+"""What decides a chunk-level learner: its algorithm, its networks and the numbers in its losses."""
 
 import dataclasses
 from collections.abc import Collection

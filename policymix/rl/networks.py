@@ -24,7 +24,7 @@ from policymix.rl.layers import GeluNorm
 from policymix.structs import Array, Observation, Params
 
 _CONVOLUTIONS = ((32, 4), (64, 2), (128, 2), (256, 2))  # width, stride
-_SMALLEST_PICTURE = 32
+_LEAST_PIXELS = 32
 _EMBEDDING_DIM = 128
 _NETWORKS = {
     "chunk_iql": ("critic", "value", "policy"),
@@ -43,10 +43,10 @@ def init(config: LearnerConfig, key: jax.Array) -> Params:
     Raises:
       ValueError: pictures are too small for the convolutions.
     """
-    if config.image_keys and min(config.image_resolution) < _SMALLEST_PICTURE:
+    if config.image_keys and min(config.image_resolution) < _LEAST_PIXELS:
         raise ValueError(
-            f"offline_rl.image_resolution is {config.image_resolution}; pictures of at least "
-            f"{_SMALLEST_PICTURE} pixels a side are needed"
+            f"offline_rl.image_resolution is {config.image_resolution}; at least {_LEAST_PIXELS} "
+            "pixels a side are needed"
         )
     shapes = jax.eval_shape(lambda: _structure(config))
     return flax.traverse_util.unflatten_dict(_drawn(config, shapes, key))
@@ -64,8 +64,8 @@ def features(
       ValueError: a camera, the prompt or the proprio is not as the configuration has it.
     """
     _check(config, observation)
-    of = params[name] if config.network == "fused" else params
-    return _wide(Encoder(config).apply({"params": of.get("encoder", {})}, observation))
+    own = (params[name] if config.network == "fused" else params).get("encoder", {})
+    return _wide(Encoder(config).apply({"params": own}, observation))
 
 
 def critic(config: LearnerConfig, params: Params, features: Array, actions: Array) -> jax.Array:
@@ -350,8 +350,7 @@ def _folded(x: jax.Array, kernel: jax.Array, rows: int) -> jax.Array:
     s = len(kernel) // 2
     height, width = ((n // s + 1) * s for n in x.shape[1:3])
     above = s // 2 if rows == 1 else 0
-    padding = ((0, 0), (s // 2 - above,) * 2, (s // 2,) * 2, (0, 0))
-    x = jnp.pad(x, padding)[:, :height, :width]
+    x = jnp.pad(x, ((0, 0), (s // 2 - above,) * 2, (s // 2,) * 2, (0, 0)))[:, :height, :width]
     x = einops.rearrange(x, "b (y r) (x s) c -> b y x (r s c)", r=rows, s=s)
     kernel = einops.rearrange(kernel, "(y r) (x s) c d -> y x (r s c) d", r=rows, s=s)
     return _convolve(x, kernel, (s // rows, 1), [(above, above), (0, 0)])
@@ -364,13 +363,11 @@ def _convolve(x, kernel, strides: tuple[int, int], padding) -> jax.Array:
 
 def _per_camera(config: LearnerConfig, pictures: Pictures, observation: Observation) -> jax.Array:
     """One network's view of every camera, side by side: [b, cameras * d]."""
-
-    def unit(picture: Array) -> jax.Array:
-        x = picture.astype(pictures.dtype)
-        return x / 255 if picture.dtype == jnp.uint8 else (x + 1) / 2
-
-    out = pictures(jnp.concatenate([unit(observation.images[k]) for k in config.image_keys]))
-    return jnp.concatenate(jnp.split(out, len(config.image_keys)), axis=-1)
+    seen = []  # one after the other: all at once would leave the CPU's caches
+    for x in (observation.images[name] for name in config.image_keys):
+        unit = x.astype(pictures.dtype)
+        seen.append(pictures(unit / 255 if x.dtype == jnp.uint8 else (unit + 1) / 2))
+    return jnp.concatenate(seen, axis=-1)
 
 
 def _flat(actions: Array) -> Array:
@@ -395,10 +392,8 @@ def _check(config: LearnerConfig, observation: Observation) -> None:
         found = observation.images[name].shape[1:3] if name in observation.images else None
         if found != config.image_resolution:
             told = "is missing" if found is None else f"has {found[0]} × {found[1]} pixels"
-            raise ValueError(
-                f"the picture of camera {name!r} {told}; the networks were made for "
-                f"{config.image_resolution[0]} × {config.image_resolution[1]}"
-            )
+            made = " × ".join(map(str, config.image_resolution))
+            raise ValueError(f"the picture of camera {name!r} {told}; the networks need {made}")
     if config.max_token_len and observation.prompt_tokens is None:
         raise ValueError(
             "the observation has no prompt; tokenize one, or set offline_rl.language=False"

@@ -12,8 +12,8 @@ import optax
 from policymix.rl.config import LearnerConfig
 from policymix.structs import Metrics, Params, PyTree
 
-# Networks that have a slowly moving copy, for algorithms that bootstrap.
-_TARGETS = ("critic",)
+# Networks that have a slowly moving copy, by algorithm; elsewhere the critic alone.
+_TARGETS = {"chunk_soft": ("critic", "value")}
 
 
 @flax.struct.dataclass
@@ -23,7 +23,8 @@ class State:
     Attributes:
       step: int32 [], updates done so far.
       params: {network: tree}, what Adam moves.
-      targets: {"critic": tree}, the moving average; {} where config.ema_decay is 0.
+      targets: {network: tree}, moving averages of the critic and, in chunk_soft, of the value; {}
+        where config.ema_decay is 0.
       opt_state: {network: Adam's state}; targets have none.
     """
 
@@ -56,7 +57,7 @@ def init_state(config: LearnerConfig, params: Params) -> State:
     # A copy of its own: donating the state must not free one buffer twice.
     targets = {
         name: jax.tree.map(jnp.copy, params[name])
-        for name in _TARGETS
+        for name in _TARGETS.get(config.algorithm, ("critic",))
         if name in params and config.ema_decay > 0
     }
     optimizer = adam(config)

@@ -18,7 +18,16 @@ from policymix.mixing import objective as objective_lib
 from policymix.mixing import search as search_lib
 from policymix.models import flow, pi0
 from policymix.reports import tables
-from policymix.runs import data_rows, measurements, mixing_rows, model_rows, policies, rollouts
+from policymix.runs import (
+    data_rows,
+    measurements,
+    mixing_rows,
+    model_rows,
+    policies,
+    rl_rows,
+    rollouts,
+    soft_rows,
+)
 from policymix.runs.measurements import Row, here, interleaved
 from policymix.sim import envs, workers
 from policymix.structs import Batch
@@ -27,20 +36,21 @@ from policymix.training import state as training
 from policymix.transforms import normalize
 
 _STEPS, _EPISODES, _EPISODE_STEPS = 50, 100, 64
+_MODELS = mixing_rows.MODELS | model_rows.MODELS | data_rows.SIZES | rl_rows.SIZES | soft_rows.SIZES
 
 
 def run(
     config: pi0.Pi0Config,
     small: ml_collections.ConfigDict,
     rows: Sequence[str],
-    models: Mapping[str, Any] = mixing_rows.MODELS | model_rows.MODELS | data_rows.SIZES,
+    models: Mapping[str, Any] = _MODELS,
 ) -> str:
     """Measures the named rows, or all, on freshly initialised models; returns the table.
 
     Args:
       config: the model of `gradient` and `sampling`; small: the policy of `training` and
         `rollouts`, whole; models: those of checkpoints on disk, by dtype, and of `model_rows`; the
-        sizes of `data_rows`.
+        sizes of `data_rows`, `rl_rows` and `soft_rows`.
     """
     chosen = rows or list(ROWS)
     if unknown := [row for row in chosen if row not in ROWS]:
@@ -227,4 +237,8 @@ ROWS = {  # name: how it is measured, and what it is given
     "batches": (data_rows.batches_row, "data"),  # of 32, two threads
     "rlds": (data_rows.rlds_row, "data"),  # JPEG at 224 px
     "opening": (data_rows.open_row, "data"),  # a million frames
+    "chunk_soft": (soft_rows.soft_row, "soft"),  # an update at 256-px pictures, two cameras
+    "chunk_iql": (rl_rows.update_row, "rl"),  # an update at batch 256, 512 × 4 networks
+    "loop": (rl_rows.loop_row, "rl"),  # updates in one compiled loop
+    "chunks": (rl_rows.act_row, "rl"),  # a policy asked once per chunk, or at every step
 }

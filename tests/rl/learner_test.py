@@ -14,7 +14,7 @@ from policymix.rl import state as states
 from policymix.rl.config import ALGORITHMS, LearnerConfig
 from policymix.structs import ChunkBatch, Observation
 
-SIZES = {"action_dim": 2, "proprio_dim": 3, "action_horizon": 2, "hidden_dim": 8, "num_layers": 2,
+SIZES = {"action_dim": 2, "proprio_dim": 3, "action_horizon": 2, "hidden_dim": 8, "num_layers": 1,
          "feature_dim": 8, "num_samples": 2, "num_flow_steps": 2, "num_candidates": 3}  # fmt: skip
 KINDS = [(name, "gaussian") for name in ("chunk_iql", "chunk_soft", "cloning")]
 KINDS += [(name, "flow") for name in ("chunk_iql", "cloning", "qc", "qc_fql")]
@@ -190,7 +190,7 @@ _GOOD, _BAD = 0.6, -0.6
 def bandit(num_updates, size=64) -> ChunkBatch:
     rng = np.random.default_rng(0)
     good = rng.random((num_updates, size)) < 0.5
-    actions = np.where(good, _GOOD, _BAD)[..., None, None] + 0.05 * rng.standard_normal(
+    actions = np.where(good, _GOOD, _BAD)[..., None, None] + 0.2 * rng.standard_normal(
         (num_updates, size, 2, 1)
     )
     observation = Observation(
@@ -219,6 +219,11 @@ def played(algorithm, policy, **changes) -> np.ndarray:
     return np.asarray(act(config, state.params, observation, jax.random.key(2)))[..., 0]
 
 
+def good(chunks: np.ndarray) -> float:
+    """The fraction of chunks that are of the better kind."""
+    return np.mean(np.mean(chunks, axis=-1) > 0)
+
+
 def test_iql_plays_what_earns_and_cloning_the_mean_of_both():
     better = played("chunk_iql", "gaussian")
     assert np.abs(better - _GOOD).mean() < 0.15
@@ -226,18 +231,16 @@ def test_iql_plays_what_earns_and_cloning_the_mean_of_both():
 
 
 def test_iqls_flow_plays_what_earns_and_clonings_flow_either():
-    better = np.mean(played("chunk_iql", "flow") > 0.3)
-    either = np.mean(played("cloning", "flow") > 0.3)
-    assert better > 0.85
-    assert 0.3 < either < 0.7
-    assert np.mean(played("chunk_iql", "flow", num_candidates=4) > 0.3) > 0.95
+    assert good(played("chunk_iql", "flow")) > 0.85
+    assert 0.3 < good(played("cloning", "flow")) < 0.7
+    assert good(played("chunk_iql", "flow", num_candidates=4)) > 0.95
 
 
 @pytest.mark.parametrize(
-    "kind", [("qc", {"num_candidates": 8}), ("qc_fql", {"distill_scale": 1.0})], ids=str
+    "kind", [("qc", {"num_candidates": 8}), ("qc_fql", {"distill_scale": 0.03})], ids=str
 )
 def test_q_chunking_plays_what_earns(kind):
-    assert np.mean(played(kind[0], "flow", **kind[1]) > 0.3) > 0.95
+    assert good(played(kind[0], "flow", **kind[1])) > 0.95
 
 
 def test_settings_of_a_learner_are_hashable_and_decide_its_program():

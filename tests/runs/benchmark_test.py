@@ -5,7 +5,8 @@ import re
 import pytest
 
 from configs import pi0_libero, pi0_metaworld
-from policymix.runs import benchmark, data_rows, measurements, policies
+from policymix.runs import benchmark, data_rows, measurements, policies, soft_rows
+from tests.runs import rl_rows_test
 
 pytest.importorskip("metaworld")
 
@@ -22,6 +23,7 @@ def run(rows):
     config = policies.model_config(pi0_libero.get_config("debug"), why="a test")
     models = dict.fromkeys(("float32", "bfloat16", "sampled", "trained"), config)
     models["data"] = data_rows.Sizes(2, 40, 64, 4000, 4000, 2)
+    models["rl"], models["soft"] = rl_rows_test.TINY, soft_rows.Sizes(4, 32, 16, 2)
     return benchmark.run(config, pi0_metaworld.get_config("debug"), rows, models)
 
 
