@@ -294,7 +294,7 @@ def _drawn(config: LearnerConfig, shapes: Params, key: jax.Array) -> dict:
         drawn = numbers[start : start + leaf.size].reshape(leaf.shape)
         start += leaf.size
         if path[-1] == "embedding":
-            values[path] = drawn * 3**0.5  # of variance 1
+            values[path] = drawn * (3 / leaf.shape[-1]) ** 0.5  # of length 1, as a number is
         elif (kernel := leaves.get((*path[:-1], "kernel"))) is None:  # LayerNorm's
             values[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
         else:
