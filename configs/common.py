@@ -129,7 +129,8 @@ def _offline_rl() -> dict:
         "policy": "gaussian",  # or flow
         "action_horizon": 10,  # actions of a chunk
         # What of the data: `data` says which dataset, features and normalisation.
-        "reward_key": "",  # "": the first there is of reward, next.reward, subgoal, next.success
+        # "": the first there is of reward, next.reward, subgoal, next.success and success.
+        "reward_key": "",
         "chunk_reward": "sum",  # discounted; max; any: 1 where one of its rewards is above 0
         "reward_scale": 1.0,  # rewards are scale * reward + shift
         "reward_shift": 0.0,
@@ -168,7 +169,7 @@ def _offline_rl() -> dict:
         "layer_norm": True,
         "min_std": 1e-3,
         "num_flow_steps": 10,
-        "num_candidates": 1,  # of a flow policy, among which the critic chooses
+        "num_candidates": unsaid(int),  # of a flow policy, among which the critic chooses
         "dtype": "float32",  # of the computation; bfloat16
         # The run.
         "init_from": "",  # a learner's checkpoint to start from; "": fresh parameters

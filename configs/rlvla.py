@@ -5,10 +5,11 @@ r"""Chunk-level offline RL on LIBERO with every setting of rlvla: to compare wit
 
 Its loss of the value carries the log-probability of 70 numbers at temperature 1, and its weights
 are not clipped: values grow by hundreds where returns are at most 1, and on a toy problem rlvla's
-own losses became NaN on 3 of 3 seeds, in 1,900 to 3,100 steps. The run then ends with an error, and
-the checkpoint before it is whole. configs/rl_libero.py is the same job with settings that are
-stable. State and actions are not normalised, language is not read, and the last chunk of an episode
-ends a frame early, all of it as there.
+own losses became NaN on 3 of 3 seeds, in 1,900 to 3,100 steps. Weights do not overflow here; where
+a loss is not finite the run ends with an error, and the checkpoint before it is whole.
+configs/rl_libero.py is the same job with settings that are stable. State and actions are not
+normalised, language is not read, and the last chunk of an episode ends a frame early, all of it as
+there.
 
 With the chunks of a policy in place of the demonstrated ones, as rlvla recommends, after
 download.py --name=pi05_libero:

@@ -12,7 +12,7 @@ from policymix import app
 
 _CONFIG = app.define_config(__file__)
 _CHECKPOINTS = flags.DEFINE_list(
-    "checkpoints", [], "Step directories, params directories or outputs of a mix."
+    "checkpoints", [], "Step or params directories, outputs of a mix, or patterns: 'runs/*/5000'."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write.", required=True)
 _ENV = flags.DEFINE_string(

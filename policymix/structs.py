@@ -60,7 +60,8 @@ class ChunkBatch:
 
     observation: Observation
     actions: Float[Array, "b h a"]  # normalised
-    action_is_pad: Bool[Array, "b h"]  # True: beyond the episode, never played
+    # True: does not count: beyond the episode's end, or what it led to was not recorded.
+    action_is_pad: Bool[Array, "b h"]
     rewards: Float[Array, " b"]  # of the chunk
     discounts: Float[Array, " b"]  # of the value after it: γ^steps, 0 where the task had ended
     next_observation: Observation

@@ -208,6 +208,11 @@ def num_params(tree: PyTree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all leaves, which may be shapes alone."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def cast(tree: PyTree, dtype: Any) -> PyTree:
     """The tree with floating-point leaves in `dtype`; others are left alone."""
     return jax.tree.map(

@@ -11,6 +11,7 @@ import shutil
 import sys
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +22,12 @@ from policymix import files, trees
 from policymix.checkpoints import layout, safetensors, store
 from policymix.data import lerobot, tokenizer, validation
 from policymix.reports import pages
-from policymix.runs import convert, dump_validation, mix, requests
+from policymix.rl import networks
+from policymix.rl.config import LearnerConfig
+from policymix.runs import convert, dump_validation, edit_dataset, mix, offline_rl, requests
 from tests import commands, oracle
 from tests.commands import ROOT
+from tests.runs import rl_support
 
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -126,7 +130,7 @@ def test_quoted_messages_are_in_the_code():
     texts = strings()
     causes = re.findall(r"^- `(\(.*\))`", TROUBLE, re.MULTILINE)
     assert len(QUOTED) > 25
-    assert len(causes) == 5
+    assert len(causes) == 6
     for quote in [*QUOTED, *causes]:
         assert any(pattern(quote).search(text) for text in texts), quote
 
@@ -341,6 +345,24 @@ def served(places, monkeypatch, **fault):
         layout.local("gs://bucket/checkpoint")
 
 
+def chunk_level(places):
+    config = LearnerConfig(action_dim=2, proprio_dim=3, action_horizon=2, hidden_dim=8)
+    params = jax.device_get(networks.init(config, jax.random.key(0)))
+    store.save_params(params, places.folder / "learner")
+    mixed(places, places.folder / "learner", places.b, method="greedy")
+
+
+def learned(places, *, rule="", rewards=True, **options):
+    """A run of two updates on a small dataset, whose rewards are as `rule` says."""
+    path = rl_support.write_dataset(places.folder / "data", rewards=rewards)
+    if rule:
+        request = edit_dataset.Request(reward=rule)
+        edit_dataset.run("label_rewards", [path], places.folder / "labelled", request)
+        path = places.folder / "labelled"
+    config = rl_support.debug_config(path, **{"num_steps": 2, "language": False} | options)
+    offline_rl.train(config, places.folder / "run", devices=jax.devices()[:1])
+
+
 CASES = {
     "… and … are not the same architecture": lambda p, _: mixed(p, p.a, oracle.step("pi0", "base")),
     "… is half of a low-rank update": lambda p, _: lora_by_half(p),
@@ -376,6 +398,7 @@ CASES = {
     "… needs validation batches: pass --validation=FILE.npz": (
         lambda p, _: mixed(p, method="greedy")
     ),
+    "… is a chunk-level learner, which has no validation loss here": lambda p, _: chunk_level(p),
     "… does not fit config.model": lambda p, _: with_tokens(p, lambda t: t[:, :-1]),
     "it was written for another tokenizer": lambda p, _: with_tokens(p, lambda t: t + 512),
     "… says of no picture feature that it is theirs": lambda p, _: no_camera(p),
@@ -386,21 +409,36 @@ CASES = {
     "… leaves … to the dataset: name it with --config.data.path=DIRECTORY": (
         lambda p, _: sizes_of_nothing(p)
     ),
+    "… has no rewards, none of …": lambda p, _: learned(p, rewards=False),
+    "every reward of the training episodes is 0": lambda p, _: learned(p, rule="zero"),
+    "… not finite at step …": lambda p, _: learned(p, reward_scale=3e38),
     "remote paths need …": no_hub,
     "the server answered …": lambda p, m: served(p, m, status=500),
     "…: run it again to go on there": lambda p, m: served(p, m, cut=10),
 }
+WARNED = {  # of what is printed, and goes on
+    "the policy learns from … of its batch": lambda p: learned(
+        p, temperature=1e-6, max_weight=0.0, batch_size=16
+    ),
+}
 
 
 def test_every_quoted_message_has_its_case():
-    assert sorted(CASES) == sorted(QUOTED)
+    assert sorted([*CASES, *WARNED]) == sorted(QUOTED)
 
 
 @pytest.mark.parametrize("quote", CASES)
 def test_quoted_messages_are_what_is_said(quote, places, monkeypatch):
-    with pytest.raises((ValueError, OSError, ImportError)) as raised:
+    with pytest.raises((ValueError, OSError, ImportError, FloatingPointError)) as raised:
         CASES[quote](places, monkeypatch)
     assert pattern(quote).search(str(raised.value)), raised.value
+
+
+@pytest.mark.parametrize("quote", WARNED)
+def test_quoted_warnings_are_what_is_printed(quote, places, capsys):
+    WARNED[quote](places)
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("WARNING: ") and pattern(quote).search(line) for line in printed)
 
 
 class Observation(NamedTuple):

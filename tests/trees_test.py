@@ -190,6 +190,9 @@ def test_dot_sums_bfloat16_in_float32():
     ones = {"a": jnp.ones(4096, jnp.bfloat16), "b": {"c": jnp.full((8,), 0.5, jnp.bfloat16)}}
     assert float(trees.dot(ones, ones)) == 4098.0  # a bfloat16 sum would stop at 256
     assert trees.num_params(ones) == 4104
+    assert trees.nbytes(ones) == 2 * 4104
+    shapes = {"a": jax.ShapeDtypeStruct((3, 2), jnp.float32), "b": np.zeros((), np.int8)}
+    assert trees.nbytes(shapes) == 25
 
 
 @laws

@@ -82,9 +82,8 @@ def latest_step(workdir: pathlib.Path) -> int | None:
     steps = layout.steps_of(workdir)
     if steps and not (workdir / steps[-1] / "train_state").is_dir():
         raise ValueError(
-            f"{workdir / steps[-1]} has no train_state, so it cannot be resumed: start from "
-            "it with config.train.init_from in another --workdir, or pass --overwrite to begin "
-            "again"
+            f"{workdir / steps[-1]} has no train_state, so it cannot be resumed: start from it "
+            "(init_from) in another --workdir, or pass --overwrite to begin again"
         )
     return int(steps[-1]) if steps else None
 

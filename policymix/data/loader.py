@@ -16,7 +16,7 @@ from absl import flags
 from policymix.data.opening import Dataset
 
 _T = TypeVar("_T")
-_KEPT = "is_kept"
+KEPT = "is_kept"  # marks frames that chunks may begin at, where a dataset has it
 
 
 def ahead(
@@ -185,12 +185,12 @@ class ActionChunks:
         self._episodes = np.repeat(chosen.astype(np.int32), lengths)
         before = np.cumsum(lengths) - lengths
         self._frames = np.arange(len(self._episodes)) + np.repeat(starts - before, lengths)
-        kept = dataset.column(_KEPT)[self._frames] if _KEPT in dataset.features else True
+        kept = dataset.column(KEPT)[self._frames] if KEPT in dataset.features else True
         self.whole = bool(np.all(kept))
         if not self.whole:
             self._episodes, self._frames = self._episodes[kept], self._frames[kept]
-        self._states = _vectors(dataset, state_key, "state_key")
-        self._actions = _vectors(dataset, action_key, "action_key")
+        self._states = vectors(dataset, state_key, "state_key")
+        self._actions = vectors(dataset, action_key, "action_key")
         self._tasks = np.array(dataset.tasks, dtype=object)
 
     def __len__(self) -> int:
@@ -288,9 +288,11 @@ def _checked_episodes(dataset: Dataset, episodes: Sequence[int] | None) -> np.nd
     return chosen.astype(np.int64)
 
 
-def _vectors(dataset: Dataset, keys: str | Sequence[str], argument: str) -> np.ndarray:
+def vectors(dataset: Dataset, keys: str | Sequence[str], argument: str) -> np.ndarray:
     """Features of numbers of shape [p], one after the other: float32 [num_frames, p]; a single
     number is p = 1.
+
+    ValueError, which calls `keys` by `argument`, for one that is no vector of numbers.
     """
     keys = [keys] if isinstance(keys, str) else list(keys)
     parts = [_vector(dataset, key, argument) for key in keys]

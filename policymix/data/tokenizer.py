@@ -162,6 +162,6 @@ def paligemma(max_token_len: int) -> SentencePieceTokenizer:
             f"PaliGemma's tokenizer is not in the cache and cannot be fetched ({troubles[0]}). Get "
             f"{PALIGEMMA_MODELS[0]}, or, after `hf auth login` and accepting its licence, `hf "
             "download google/paligemma-3b-pt-224 tokenizer.model`, and pass "
-            "--config.data.tokenizer=PATH"
+            "--config.data.tokenizer=PATH (for a chunk-level learner --config.offline_rl.tokenizer)"
         ) from troubles[0]
     return SentencePieceTokenizer(path, max_token_len)

@@ -147,11 +147,17 @@ def describe(params: Params) -> str:
     found = fields(params)
     sizes = [found[n] for n in ("paligemma_variant", "action_expert_variant") if n in found]
     if not sizes:
-        return "no π0 that is known"
+        return "a chunk-level learner" if is_chunk_level(params) else "no π0 that is known"
     kind = "π0.5" if found.get("pi05") else "π0"
     kind = kind if len(sizes) > 1 else "PaliGemma without action expert"
     names = [s if isinstance(s, str) else f"{s.width}-wide" for s in sizes]
     return f"a {kind} of {' and '.join(names)}"
+
+
+def is_chunk_level(params: Params) -> bool:
+    """Whether a tree is that of a chunk-level learner (`rl.networks`): a policy that is no π0."""
+    parts = {path.split("/")[0] for path in trees.flatten(params)}
+    return "policy" in parts and "PaliGemma" not in parts
 
 
 def _plain(value: Any) -> str:

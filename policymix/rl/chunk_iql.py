@@ -21,8 +21,6 @@ from policymix.rl.config import LearnerConfig
 from policymix.rl.state import State
 from policymix.structs import ChunkBatch, Metrics, Observation, Params
 
-_NAMES = {"chunk_iql": ("critic", "value", "policy"), "cloning": ("policy",)}
-
 
 def update(
     config: LearnerConfig, state: State, batch: ChunkBatch, root_key: jax.Array
@@ -35,11 +33,7 @@ def update(
     def loss_of(params):
         return total_loss(config, params, state.target_params, batch, key)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    state, norms = states.apply_gradients(config, state, grads)
-    targets = states.polyak(state.targets, state.params, config.ema_decay)
-    state = state.replace(step=state.step + 1, targets=targets)
-    return state, {"loss": loss, **metrics, **norms}
+    return states.descend(config, state, loss_of)
 
 
 def total_loss(
@@ -51,7 +45,7 @@ def total_loss(
       target_params: the whole tree with the target networks in it, constants.
     """
     chunks, action_is_pad = regressed(batch)
-    read = read_by(config, params, _NAMES[config.algorithm], batch.observation)
+    read = read_by(config, params, networks.NAMES[config.algorithm], batch.observation)
     if config.algorithm == "cloning":
         weights, loss, metrics = jnp.ones(chunks.shape[:2]), 0.0, {}
     else:

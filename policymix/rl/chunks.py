@@ -78,6 +78,8 @@ def cut(
       episode_from, episode_to: int [E], the episodes' frames, `to` exclusive.
       chunk_reward: "sum", Σ γ^i r_{t+i} over i < n; "max" of them; "any": 1 where one is above 0.
       tails: "pad", or "drop": no chunk begins where fewer than h frames of its episode are left.
+        The last chunk of an episode that stops unterminated then still has h - 1 actions that
+        count and one of padding, since its next frame is the episode's last.
 
     Raises:
       ValueError: unknown words, or a horizon or discount out of range.
@@ -202,11 +204,13 @@ def check(horizon: int, discount: float, chunk_reward: str, tails: str) -> None:
         ("tails", tails, TAILS),
     ):
         if value not in known:
-            raise ValueError(f"offline_rl.{name} is {value!r}; expected one of {list(known)}")
+            raise ValueError(
+                f"config.offline_rl.{name} is {value!r}; expected one of {list(known)}"
+            )
     if horizon < 1:
-        raise ValueError(f"offline_rl.action_horizon is {horizon}; at least 1 is needed")
+        raise ValueError(f"config.offline_rl.action_horizon is {horizon}; at least 1 is needed")
     if not 0 <= discount <= 1:
-        raise ValueError(f"offline_rl.discount is {discount}; expected 0 to 1")
+        raise ValueError(f"config.offline_rl.discount is {discount}; expected 0 to 1")
 
 
 def _frames(episode_from: np.ndarray, episode_to: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

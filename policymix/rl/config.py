@@ -1,6 +1,10 @@
 """What decides a chunk-level learner: its algorithm, its networks and the numbers in its losses."""
 
 import dataclasses
+import numbers
+import sys
+import types
+import typing
 from collections.abc import Collection
 from typing import Any
 
@@ -8,29 +12,56 @@ from typing import Any
 DEFAULTS: dict[str, dict[str, Any]] = {
     "chunk_iql": {
         "network": "plain", "temperature": 1 / 3, "max_weight": 100.0, "normalize_weights": False,
-        "num_critics": 2, "ema_decay": 0.995,
+        "num_critics": 2, "ema_decay": 0.995, "num_candidates": 1,
     },
     "chunk_soft": {
         "network": "fused", "temperature": 1.0, "max_weight": 100.0, "normalize_weights": True,
-        "num_critics": 2, "ema_decay": 0.995,
+        "num_critics": 2, "ema_decay": 0.995, "num_candidates": 1,
     },
     "cloning": {
         "network": "plain", "temperature": 1.0, "max_weight": 1.0, "normalize_weights": False,
-        "num_critics": 1, "ema_decay": 0.0,
+        "num_critics": 1, "ema_decay": 0.0, "num_candidates": 1,
     },
     "qc_fql": {
         "network": "plain", "temperature": 1.0, "max_weight": 1.0, "normalize_weights": False,
-        "num_critics": 2, "ema_decay": 0.995,
+        "num_critics": 2, "ema_decay": 0.995, "num_candidates": 1,
     },
     "qc": {
         "network": "plain", "temperature": 1.0, "max_weight": 1.0, "normalize_weights": False,
-        "num_critics": 2, "ema_decay": 0.995,
+        "num_critics": 2, "ema_decay": 0.995, "num_candidates": 32,
     },
 }  # fmt: skip
 ALGORITHMS = tuple(DEFAULTS)
 POLICIES = ("gaussian", "flow")
 NETWORKS = ("plain", "fused")
 DTYPES = ("float32", "bfloat16")
+_WORDS = {
+    bool: "true or false", int: "a whole number", float: "a finite number", str: "a text",
+    tuple[int, int]: "two whole numbers", tuple[str, ...]: "texts",
+}  # fmt: skip
+
+
+def expected(kind: Any, value: Any) -> str:
+    """What a field of this annotation holds, in words; "" where `value` is such."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and types.NoneType in kinds:
+        return ""
+    return "" if _is(kinds[0], value) else _WORDS[kinds[0]]
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Whether it is of the kind: a truth value is no number, and a whole number will do for any."""
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if typing.get_origin(kind) is tuple:
+        first, second = typing.get_args(kind)  # (int, int) or (str, ...)
+        right = isinstance(value, tuple | list) and (second is ... or len(value) == 2)
+        return right and all(_is(first, part) for part in value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    if kind is int:
+        return isinstance(value, numbers.Integral)
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +117,7 @@ class LearnerConfig:
     ema_decay: float | None = None
     distill_scale: float = 100.0
     num_flow_steps: int = 10
-    num_candidates: int = 1
+    num_candidates: int | None = None
     lambda_v: float = 1.0
     lambda_pi: float = 1.0
     learning_rate: float = 3e-4
@@ -105,13 +136,14 @@ class LearnerConfig:
         def put(name, value):
             object.__setattr__(self, name, value)
 
+        self._check_kinds()
         for name, known in (
             ("algorithm", ALGORITHMS), ("policy", POLICIES), ("dtype", DTYPES),
             ("network", (*NETWORKS, None)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"offline_rl.{name} is {getattr(self, name)!r}; expected one of "
+                    f"config.offline_rl.{name} is {getattr(self, name)!r}; expected one of "
                     f"{[k for k in known if k]}"
                 )
         for name, value in DEFAULTS[self.algorithm].items():
@@ -122,34 +154,67 @@ class LearnerConfig:
         if self.algorithm.startswith("qc"):
             put("policy", "flow")
         self._check()
+        self._check_sizes()
+
+    def _check_kinds(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if words := expected(field.type, value):
+                raise ValueError(f"config.offline_rl.{field.name} is {value!r}; expected {words}")
 
     def _check(self) -> None:
         for name in (
             "action_dim", "proprio_dim", "action_horizon", "num_samples", "num_critics",
             "num_flow_steps", "num_candidates", "hidden_dim", "feature_dim", "num_layers",
+            "vocab_size",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(
-                    f"offline_rl.{name} is {getattr(self, name)}; at least 1 is needed"
+                    f"config.offline_rl.{name} is {getattr(self, name)}; at least 1 is needed"
                 )
         for name in ("temperature", "min_std", "learning_rate"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"offline_rl.{name} is {getattr(self, name)}; expected above 0")
+                raise ValueError(
+                    f"config.offline_rl.{name} is {getattr(self, name)}; expected above 0"
+                )
+        if min(self.image_resolution) < 1:
+            raise ValueError(
+                f"config.offline_rl.image_resolution is {self.image_resolution}; expected height "
+                "and width above 0"
+            )
         for name in ("max_weight", "entropy_temperature", "lambda_v", "lambda_pi", "clip_norm",
-                     "distill_scale"):  # fmt: skip
+                     "distill_scale", "max_token_len"):  # fmt: skip
             if not getattr(self, name) >= 0:
-                raise ValueError(f"offline_rl.{name} is {getattr(self, name)}; not below 0")
+                raise ValueError(f"config.offline_rl.{name} is {getattr(self, name)}; not below 0")
         if not 0 < self.expectile < 1:
-            raise ValueError(f"offline_rl.expectile is {self.expectile}; expected between 0 and 1")
+            raise ValueError(
+                f"config.offline_rl.expectile is {self.expectile}; expected between 0 and 1"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(
-                f"offline_rl.ema_decay is {self.ema_decay}; expected 0 (no target networks) to "
-                "below 1"
+                f"config.offline_rl.ema_decay is {self.ema_decay}; expected 0 (no target networks) "
+                "to below 1"
             )
         if self.algorithm == "chunk_soft" and self.policy != "gaussian":
             raise ValueError(
-                "offline_rl.policy is 'flow', which has no log-probability in closed form; "
+                "config.offline_rl.policy is 'flow', which has no log-probability in closed form; "
                 "chunk_soft needs 'gaussian'"
+            )
+
+    def _check_sizes(self) -> None:
+        least = {"vocab_size": 1, "max_token_len": 0}
+        if self.network == "fused":  # whose layers are half as wide in places
+            least |= {"hidden_dim": 2, "feature_dim": 2}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(
+                    f"config.offline_rl.{name} is {getattr(self, name)}; at least {smallest} is "
+                    "needed" + (" by fused networks" if smallest == 2 else "")
+                )
+        if self.policy == "gaussian" and self.num_candidates > 1:
+            raise ValueError(
+                f"config.offline_rl.num_candidates is {self.num_candidates}, of a gaussian policy, "
+                "which acts by its mean; expected 1, or config.offline_rl.policy='flow'"
             )
 
     @property

@@ -91,8 +91,7 @@ def q_and_v(
 ) -> tuple[jax.Array, jax.Array]:
     """Q of the chunks, the least of the ensemble, and V of the observations, both [b].
 
-    Algorithms without a value network have for V the ensemble's mean Q of what `act` does with
-    key 0.
+    Algorithms without a value network have for V the Q of what `act` does with key 0.
 
     Args:
       actions: [b, h, a], normalised.
@@ -111,4 +110,4 @@ def q_and_v(
         read = networks.features(config, params, "value", observation)
         return q, networks.value(config, params, read)
     played = act(config, params, observation, jax.random.key(0))
-    return q, jnp.mean(networks.critic(config, params, seen, played), axis=0)
+    return q, jnp.min(networks.critic(config, params, seen, played), axis=0)

@@ -80,8 +80,9 @@ def advantage_weights(
     """w = min(exp(advantage / temperature), max_weight), constants in the policy's loss.
 
     Advantage-weighted regression (Peng et al. 2019, arXiv:1910.00177), clipped as in implicit
-    Q-learning. Normalised, w / (mean of w + 1e-8). The clip is one of the exponent, so that
-    nothing overflows whatever the advantage: unclipped weights (max_weight 0) end at e^40.
+    Q-learning. Normalised, w / mean of w. The clip is one of the exponent, so that nothing
+    overflows whatever the advantage: unclipped weights (max_weight 0) end at e^40, or, normalised,
+    nowhere.
 
     Args:
       advantage: [b] or [b, n]; the mean is over all of it.
@@ -93,10 +94,10 @@ def advantage_weights(
         return jnp.exp(jnp.minimum(exponent, largest))
     if max_weight:
         exponent = jnp.minimum(exponent, largest)
-    # The quotient does not change when all exponents are shifted, save for the 1e-8.
-    highest = jnp.max(exponent)
-    weights = jnp.exp(exponent - highest)
-    return weights / (jnp.mean(weights) + 1e-8 * jnp.exp(jnp.minimum(-highest, 2 * largest)))
+    # The quotient does not change when all exponents are shifted; the highest is then e^0, so that
+    # the mean of n weights is at least 1 / n.
+    weights = jnp.exp(exponent - jnp.max(exponent))
+    return weights / jnp.mean(weights)
 
 
 def policy_loss(log_prob: Array, weights: Array) -> jax.Array:
@@ -167,7 +168,9 @@ def flow_error(v_t: Array, u_t: Array, action_is_pad: Array | None = None) -> ja
     return jnp.mean(_played(error, action_is_pad), axis=-1)
 
 
-def integrate(velocity: Callable[[Array, Array], Array], noise: Array, num_flow_steps: int):
+def integrate(
+    velocity: Callable[[Array, Array], Array], noise: Array, num_flow_steps: int
+) -> jax.Array:
     """Euler steps from x_1 = noise to x_0: x ← x - v(x, t) / s at t = 1, 1 - 1/s, … 1/s.
 
     Args:

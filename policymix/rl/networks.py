@@ -4,7 +4,8 @@ b batch, n chunks of one observation, h action horizon, a action, d width, e ens
 
 "fused" gives each network an encoder of its own: of pictures, proprio and language, whose outputs
 an MLP fuses; then heads. "plain" is what Q-chunking and FQL have: MLPs of GELU and, in critics and
-values, LayerNorm.
+values, LayerNorm. There each network has an encoder of pictures of its own; here they share one,
+and targets read it too, so that pictures are encoded once.
 Sources: Li et al. 2025 (arXiv:2507.07969); Park et al. 2025 (arXiv:2502.02538).
 
 An observation is encoded once (`features`), and its features are projected once, however many
@@ -13,20 +14,19 @@ chunks a critic or a policy sees of it: a layer of [features | chunk] is the sum
 
 import math
 
-import einops
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from policymix.rl.config import LearnerConfig
-from policymix.rl.layers import GeluNorm
+from policymix.rl.layers import Convolution, GeluNorm
 from policymix.structs import Array, Observation, Params
 
 _CONVOLUTIONS = ((32, 4), (64, 2), (128, 2), (256, 2))  # width, stride
 _LEAST_PIXELS = 32
 _EMBEDDING_DIM = 128
-_NETWORKS = {
+NAMES = {  # what networks each algorithm has
     "chunk_iql": ("critic", "value", "policy"),
     "chunk_soft": ("critic", "value", "policy"),
     "cloning": ("policy",),
@@ -45,8 +45,8 @@ def init(config: LearnerConfig, key: jax.Array) -> Params:
     """
     if config.image_keys and min(config.image_resolution) < _LEAST_PIXELS:
         raise ValueError(
-            f"offline_rl.image_resolution is {config.image_resolution}; at least {_LEAST_PIXELS} "
-            "pixels a side are needed"
+            f"config.offline_rl.image_resolution is {config.image_resolution}; at least "
+            f"{_LEAST_PIXELS} pixels a side are needed"
         )
     shapes = jax.eval_shape(lambda: _structure(config))
     return flax.traverse_util.unflatten_dict(_drawn(config, shapes, key))
@@ -143,21 +143,6 @@ class MLP(nn.Module):
                     x = nn.relu(x) if self.relu else nn.gelu(x)
             parts = (x,)
         return x
-
-
-class Convolution(nn.Module):
-    """A convolution of [b, hh, ww, c]: kernel twice its stride, padding half of it."""
-
-    width: int
-    stride: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (2 * self.stride, 2 * self.stride, x.shape[-1], self.width)
-        kernel = self.param("kernel", nn.initializers.zeros, shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
-        return convolve(x, kernel) + bias.reshape(1, 1, 1, -1)
 
 
 class Pictures(nn.Module):
@@ -273,7 +258,7 @@ def _structure(config: LearnerConfig) -> Params:
     if encoder and not fused:
         params["encoder"] = encoder
     inputs = (x[:, None], jnp.zeros((1, 1, config.chunk_dim)), jnp.zeros((1, 1, 1)))
-    for name in _NETWORKS[config.algorithm]:
+    for name in NAMES[config.algorithm]:
         of_policy = 1 if config.policy == "gaussian" else 3
         count = {"value": 1, "policy": of_policy}.get(name, 2)
         params[name] = dict(_head(config, name).init(key, *inputs[:count])["params"])
@@ -296,7 +281,8 @@ def _drawn(config: LearnerConfig, shapes: Params, key: jax.Array) -> dict:
         if path[-1] == "embedding":
             values[path] = drawn * (3 / leaf.shape[-1]) ** 0.5  # of length 1, as a number is
         elif (kernel := leaves.get((*path[:-1], "kernel"))) is None:  # LayerNorm's
-            values[path] = jnp.full(leaf.shape, float(path[-1] == "scale"))
+            # With a type, or else Adam's first step changes it, and the update compiles twice.
+            values[path] = jnp.full(leaf.shape, path[-1] == "scale", jnp.float32)
         else:
             # The leading axis of an ensemble counts for nothing, those of a convolution do.
             receptive = math.prod(kernel.shape[:2]) if kernel.ndim == 4 else 1
@@ -317,48 +303,6 @@ def _apply(config: LearnerConfig, params: Params, name: str, *inputs: jax.Array)
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-@jax.custom_vjp
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [b, hh, ww, c] by kernel [2 s, 2 s, c, d], strides s, padding s / 2.
-
-    Three forms of one function, each where XLA is fastest on CPUs: forward on few channels, s
-    pixels of a row become channels (4 times as fast on pictures); the gradient in x has s × s
-    pixels become channels (3 times); else as it stands. There are no forward-mode derivatives.
-    """
-    return _folded(x, kernel, 1) if x.shape[-1] < 16 else _ordinary(x, kernel)
-
-
-def _backward(inputs: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    x, kernel = inputs
-    of_x = jax.linear_transpose(lambda x: _folded(x, kernel, len(kernel) // 2), x)
-    of_kernel = jax.linear_transpose(lambda kernel: _ordinary(x, kernel), kernel)
-    return *of_x(gradient), *of_kernel(gradient)
-
-
-convolve.defvjp(lambda *inputs: (convolve(*inputs), inputs), _backward)
-
-
-def _ordinary(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    s = len(kernel) // 2
-    return _convolve(x, kernel, (s, s), [(s // 2, s // 2)] * 2)
-
-
-def _folded(x: jax.Array, kernel: jax.Array, rows: int) -> jax.Array:
-    """With `rows` × s pixels made channels; of one row, its convolution pads the height, faster."""
-    s = len(kernel) // 2
-    height, width = ((n // s + 1) * s for n in x.shape[1:3])
-    above = s // 2 if rows == 1 else 0
-    x = jnp.pad(x, ((0, 0), (s // 2 - above,) * 2, (s // 2,) * 2, (0, 0)))[:, :height, :width]
-    x = einops.rearrange(x, "b (y r) (x s) c -> b y x (r s c)", r=rows, s=s)
-    kernel = einops.rearrange(kernel, "(y r) (x s) c d -> y x (r s c) d", r=rows, s=s)
-    return _convolve(x, kernel, (s // rows, 1), [(above, above), (0, 0)])
-
-
-def _convolve(x, kernel, strides: tuple[int, int], padding) -> jax.Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
 
 def _per_camera(config: LearnerConfig, pictures: Pictures, observation: Observation) -> jax.Array:
@@ -396,5 +340,5 @@ def _check(config: LearnerConfig, observation: Observation) -> None:
             raise ValueError(f"the picture of camera {name!r} {told}; the networks need {made}")
     if config.max_token_len and observation.prompt_tokens is None:
         raise ValueError(
-            "the observation has no prompt; tokenize one, or set offline_rl.language=False"
+            "the observation has no prompt; tokenize one, or set config.offline_rl.language=False"
         )

@@ -24,8 +24,6 @@ from policymix.rl.config import LearnerConfig
 from policymix.rl.state import State
 from policymix.structs import Array, ChunkBatch, Metrics, Params
 
-_NAMES = {"qc": ("critic", "policy"), "qc_fql": ("critic", "policy", "actor")}
-
 
 @flax.struct.dataclass
 class Noises:
@@ -50,7 +48,7 @@ def update(
     targets move. Draws from fold_in(root_key, state.step).
     """
     noises = draw(config, jax.random.fold_in(root_key, state.step), len(batch.actions))
-    return update_with(config, state, batch, noises)
+    return update_given(config, state, batch, noises)
 
 
 def draw(config: LearnerConfig, key: jax.Array, batch_size: int) -> Noises:
@@ -66,7 +64,7 @@ def draw(config: LearnerConfig, key: jax.Array, batch_size: int) -> Noises:
     )
 
 
-def update_with(
+def update_given(
     config: LearnerConfig, state: State, batch: ChunkBatch, noises: Noises
 ) -> tuple[State, Metrics]:
     """`update` with noises of one's own."""
@@ -74,11 +72,7 @@ def update_with(
     def loss_of(params):
         return total_loss(config, params, state.target_params, batch, noises)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    state, norms = states.apply_gradients(config, state, grads)
-    targets = states.polyak(state.targets, state.params, config.ema_decay)
-    state = state.replace(step=state.step + 1, targets=targets)
-    return state, {"loss": loss, **metrics, **norms}
+    return states.descend(config, state, loss_of)
 
 
 def total_loss(
@@ -89,7 +83,7 @@ def total_loss(
     Args:
       target_params: the whole tree with the target networks in it, constants.
     """
-    read = read_by(config, params, _NAMES[config.algorithm], batch.observation)
+    read = read_by(config, params, networks.NAMES[config.algorithm], batch.observation)
     critic_loss, metrics = _critic_loss(config, params, target_params, batch, noises, read)
     x_t, u_t = losses.flow_path(batch.actions, noises.flow, noises.t)
     v_t = networks.velocity(config, params, read["policy"], x_t, noises.t)
@@ -104,7 +98,7 @@ def total_loss(
 
 def _critic_loss(config, params, target_params, batch, noises, read):
     fixed, target_params = jax.lax.stop_gradient(params), jax.lax.stop_gradient(target_params)
-    names = _NAMES[config.algorithm]
+    names = networks.NAMES[config.algorithm]
     seen = read_by(config, fixed, names, batch.next_observation)
     following = next_chunks(config, fixed, seen, noises.following)
     target_seen = target_read(config, target_params, batch.next_observation, seen["critic"])

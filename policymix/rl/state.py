@@ -1,6 +1,6 @@
 """The state of a learner, and what every update does with gradients: Adam, and target networks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -24,7 +24,8 @@ class State:
       step: int32 [], updates done so far.
       params: {network: tree}, what Adam moves.
       targets: {network: tree}, moving averages of the critic and, in chunk_soft, of the value; {}
-        where config.ema_decay is 0.
+        where config.ema_decay is 0. An encoder that networks share has none: of pictures and
+        language the target critic reads what the online encoder makes of them.
       opt_state: {network: Adam's state}; targets have none.
     """
 
@@ -93,6 +94,19 @@ def apply_gradients(
         params[name] = optax.apply_updates(params[name], updates)
         metrics[f"{name}/grad_norm"] = _norm(gradient)
     return state.replace(params=params, opt_state=opt_state), metrics
+
+
+def descend(
+    config: LearnerConfig, state: State, loss_of: Callable[[Params], tuple[jax.Array, Metrics]]
+) -> tuple[State, Metrics]:
+    """One Adam step of all networks, in one backward pass of `loss_of` at the parameters before it;
+    then the targets move.
+    """
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    state, norms = apply_gradients(config, state, grads)
+    targets = polyak(state.targets, state.params, config.ema_decay)
+    state = state.replace(step=state.step + 1, targets=targets)
+    return state, {"loss": loss, **metrics, **norms}
 
 
 def polyak(targets: Params, online: Params, ema_decay: float) -> Params:

@@ -11,6 +11,7 @@ import numpy as np
 
 from policymix import trees
 from policymix.checkpoints import assets, store
+from policymix.models import recognize
 from policymix.rl import learner, networks
 from policymix.rl.config import LearnerConfig
 from policymix.runs import encoding, learners, policies
@@ -19,13 +20,8 @@ from policymix.structs import Observation, Params
 
 def is_chunk_policy(checkpoint: str) -> bool:
     """Whether a checkpoint is a chunk-level learner's, by its arrays."""
-    return store.open_checkpoint(checkpoint).format == "orbax" and _acts(
-        store.open_params(checkpoint)
-    )
-
-
-def _acts(header: Mapping[str, Any]) -> bool:
-    return "policy" in header and "PaliGemma" not in header
+    opened = store.open_checkpoint(checkpoint)
+    return opened.format == "orbax" and recognize.is_chunk_level(store.open_params(checkpoint))
 
 
 class ChunkPolicy:
@@ -79,6 +75,20 @@ class ChunkPolicy:
         return act(self.model, self.load(), self.encoder, observation, raw["state"], seeds, call)
 
 
+class Live:
+    """The policy of a run that goes on, as roll-outs take it."""
+
+    def __init__(self, name: str, model: LearnerConfig, params: Params, encoder: encoding.Encoder):
+        self.name, self.model, self.encoder, self._params = name, model, encoder, params
+
+    def act(
+        self, raw: Mapping[str, Any], *, seeds: Sequence[int], call: int, num_flow_steps: int = 0
+    ) -> np.ndarray:
+        """As that of `ChunkPolicy`."""
+        observation = self.encoder.observation(raw)
+        return act(self.model, self._params, self.encoder, observation, raw["state"], seeds, call)
+
+
 def act(
     model: LearnerConfig,
     params: Params,
@@ -112,11 +122,33 @@ def _act(
 
 
 def check(model: LearnerConfig, header: Params, name: str) -> None:
-    """ValueError where arrays are not those of the learner: of another robot, horizon or size."""
-    expected = jax.eval_shape(functools.partial(networks.init, model), jax.random.key(0))
-    if differs := trees.difference(expected, header, ("the config", name)):
+    """ValueError where arrays are not those of the learner: of a π0, or of another algorithm,
+    robot, horizon or size.
+    """
+    if not recognize.is_chunk_level(header):
         raise ValueError(
-            f"{name} is not the learner that the config describes: {model.algorithm} with chunks "
-            f"of {model.action_horizon} actions of {model.action_dim} numbers, proprio of "
-            f"{model.proprio_dim} and cameras {list(model.image_keys)}. {differs}"
+            f"{name} holds {recognize.describe(header)}, and a chunk-level learner's checkpoint is "
+            "needed here: one that offline_rl.py wrote, or a mix of such"
         )
+    expected = jax.eval_shape(functools.partial(networks.init, model), jax.random.key(0))
+    if set(expected) != set(header):
+        raise ValueError(
+            f"{name} holds {_words(header)}, and {model.algorithm} as the config has it "
+            f"{_words(expected)}: another algorithm's, or one that reads pictures and language "
+            "otherwise"
+        )
+    ours, theirs = (trees.flatten(tree) for tree in (expected, header))
+    shapes = [{path: tuple(leaf.shape) for path, leaf in flat.items()} for flat in (ours, theirs)]
+    differ = sorted(path for path, _ in shapes[0].items() ^ shapes[1].items())
+    if differ:
+        there, here = (flat.get(differ[0], "absent") for flat in shapes[::-1])
+        raise ValueError(
+            f"{name} is not the learner that the config describes, {model.algorithm} with chunks "
+            f"of {model.action_horizon} actions of {model.action_dim} numbers, proprio of "
+            f"{model.proprio_dim} and cameras {list(model.image_keys)}: {differ[0]} is {there} "
+            f"there and {here} here"
+        )
+
+
+def _words(tree: Params) -> str:
+    return "the networks " + ", ".join(sorted(tree))

@@ -116,7 +116,7 @@ class Encoder:
             _check_finite(values, key)
         adapted = self.wiring.adapt.apply(numbers)
         actions = self._normalize.apply(adapted)["actions"].astype(np.float32)
-        return Batch(self._observation(raw, adapted), _pad(actions, self.model.action_dim))
+        return Batch(self._observation(raw, adapted), compose.pad(actions, self.model.action_dim))
 
     def normalized(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"state" [b, p], "actions" [b, h, a]} of a robot as the network has them, not padded."""
@@ -138,7 +138,7 @@ class Encoder:
         tokens, mask = self._tokens(raw["prompt"], state) if self._tokenizer else (None, None)
         seen = {camera: self._picture(raw["images"][camera], camera) for camera in self.cameras}
         masks = {camera: np.ones(len(state), bool) for camera in self.cameras}
-        proprio = _pad(state, self.model.proprio_dim)
+        proprio = compose.pad(state, self.model.proprio_dim)
         return masked(self.seen, Observation(seen, masks, proprio, tokens, mask))
 
     def _tokens(self, texts, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,13 +190,13 @@ def cameras(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, 
     if unknown := sorted(named - set(model.image_keys)):
         near = difflib.get_close_matches(unknown[0], model.image_keys, n=1)
         raise ValueError(
-            f"config.data.cameras names {unknown[0]!r}, config.model.image_keys are "
+            f"config.data.cameras names {unknown[0]!r}, the model's image_keys are "
             f"{list(model.image_keys)}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
     known = wiring(data).cameras
     if lacking := [camera for camera in model.image_keys if camera not in known]:
         raise ValueError(
-            f"config.model.image_keys names the cameras {lacking}, and config.data.cameras says of "
+            f"the model's image_keys names the cameras {lacking}, and config.data.cameras says of "
             "no picture feature that it is theirs: name it, as --config.data.cameras."
             f"{lacking[0]}=FEATURE, or say =absent where the robot has no such camera"
         )
@@ -221,14 +221,14 @@ def present(model: pi0.Pi0Config, data: ml_collections.ConfigDict) -> dict[str, 
 
 
 def sentencepiece(name: str, max_token_len: int) -> tokenizer.SentencePieceTokenizer:
-    """What config.data.tokenizer names. ValueError where it is none of PaliGemma's kind."""
+    """What a config's `tokenizer` names. ValueError where it is none of PaliGemma's kind."""
     if name == "paligemma":
         return tokenizer.paligemma(max_token_len)
     if name.endswith(".model"):
         return tokenizer.SentencePieceTokenizer(name, max_token_len)
     raise ValueError(
-        f"config.data.tokenizer is {name!r}; expected paligemma, the path of a SentencePiece "
-        ".model, bytes or words"
+        f"tokenizer is {name!r}; expected paligemma, the path of a SentencePiece .model, bytes or "
+        "words"
     )
 
 
@@ -244,12 +244,7 @@ def _tokenizer(model: pi0.Pi0Config, name: str) -> tokenizer.ByteTokenizer | Non
         made = sentencepiece(name, model.max_token_len)
     if model.vocab_size < made.vocab_size:
         raise ValueError(
-            f"config.model.vocab_size is {model.vocab_size}; the tokenizer {name!r} needs "
+            f"the model's vocab_size is {model.vocab_size}; the tokenizer {name!r} needs "
             f"{made.vocab_size}"
         )
     return made
-
-
-def _pad(array: np.ndarray, size: int) -> np.ndarray:
-    """Zeros up to the model's dimension."""
-    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 
 from policymix import files, intervals, memory, processes
-from policymix.checkpoints import provenance
+from policymix.checkpoints import layout, provenance
 from policymix.data import validation as validation_lib
 from policymix.reports import evaluations, tables
 from policymix.runs import chunk_policies, metadata, policies, rollouts
@@ -27,6 +27,7 @@ class Request:
     """What the command line asks for; empty fields fall back to the config.
 
     Attributes:
+      checkpoints: paths, or patterns of local ones.
       names: what the report calls each checkpoint; (): their paths, as far as they differ.
       validation: batches to report losses on, beside the successes.
     """
@@ -54,10 +55,12 @@ def evaluate(
       ValueError, OSError: bad config, checkpoints or output, or a missing simulator.
     """
     started = time.monotonic()
+    request = dataclasses.replace(request, checkpoints=layout.expand(request.checkpoints))
+    if not request.checkpoints:
+        raise ValueError("--checkpoints is empty: give what to evaluate, as --checkpoints=a,b,c")
     config = metadata.complete(config, checkpoints=request.checkpoints)
     tasks = envs.parse_all(request.env or config.evaluate.env)
-    _check(config, request)
-    envs.limit(tasks[0].simulator, config.evaluate.max_steps)
+    rollouts.check(config, tasks)
     names = _names(request)
     files.check_apart(
         request.output,
@@ -65,11 +68,10 @@ def evaluate(
     )
     files.check_output(request.output, overwrite=request.overwrite, ours=_is_evaluation)
     candidates = [_policy(config, name) for name in request.checkpoints]
-    judge = _judge(config, request, candidates[0])
+    judge = _judge(config, request, candidates)
     made = {task: envs.make(task) for task in tasks}
     for policy in candidates:
-        _check_chunk(config, policy)
-        _check_robot(config, policy, made[tasks[0]])
+        rollouts.check_policy(config, policy, made[tasks[0]])
     prompts = {task: env.prompt for task, env in made.items()}
     e = config.evaluate
     episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
@@ -126,31 +128,6 @@ def _policy(
     return policies.Policy(config, policies.model_config(config, why="evaluation"), name)
 
 
-def _check(config: ml_collections.ConfigDict, request: Request) -> None:
-    """ValueError for settings that no evaluation can have."""
-    e = config.evaluate
-    if not request.checkpoints:
-        raise ValueError("--checkpoints is empty: give what to evaluate, as --checkpoints=a,b,c")
-    for name, least in (
-        ("num_episodes", 1), ("seed", 0), ("max_steps", 0), ("replan_steps", 0),
-        ("num_flow_steps", 1), ("num_workers", 0),
-    ):  # fmt: skip
-        if e[name] < least:
-            raise ValueError(f"config.evaluate.{name} is {e[name]}; at least {least} is needed")
-    if e.seed + e.num_episodes > 2**32:
-        raise ValueError(f"config.evaluate.seed is {e.seed}; seeds end at {2**32 - 1}")
-
-
-def _check_chunk(config: ml_collections.ConfigDict, policy) -> None:
-    """ValueError if a policy's chunks are shorter than what is to be played of them."""
-    asked, horizon = config.evaluate.replan_steps, policy.model.action_horizon
-    if asked > horizon:
-        raise ValueError(
-            f"config.evaluate.replan_steps is {asked}, but a chunk of {policy.name} has {horizon} "
-            "actions; 0 plays whole chunks"
-        )
-
-
 def _names(request: Request) -> list[str]:
     if request.names and len(request.names) != len(request.checkpoints):
         raise ValueError(
@@ -162,33 +139,18 @@ def _names(request: Request) -> list[str]:
     return names
 
 
-def _check_robot(config: ml_collections.ConfigDict, policy, env: envs.Env) -> None:
-    """ValueError if a policy reads or does what the environment does not have."""
-    seen = {name: f["shape"] for name, f in env.features.items() if name != "action"}
-    states = policy.encoder.wiring.state_keys
-    cameras = {f"cameras.{camera}": name for camera, name in policy.encoder.cameras.items()}
-    for field, name in [*(("state_key", key) for key in states), *cameras.items()]:
-        if len(seen.get(name, ())) != (1 if field == "state_key" else 3):
-            raise ValueError(
-                f"config.data.{field} is {name!r}; the environments observe "
-                + ", ".join(f"{key} {list(shape)}" for key, shape in seen.items())
-            )
-    stats, model = policy.encoder.norm_stats, policy.model
-    p, (a,) = sum(seen[key][0] for key in states), env.features["action"]["shape"]
-    for key, size, most in (("state", p, model.proprio_dim), ("actions", a, model.action_dim)):
-        known = len(stats[key].mean) if key in stats else 0
-        if size > min(known, most) or (key == "actions" and size < known):
-            raise ValueError(
-                f"{policy.name} has norm stats for {known} numbers of {key!r} and room for {most}; "
-                f"the environments have {size}: it belongs to another robot"
-            )
-
-
 def _judge(
-    config: ml_collections.ConfigDict, request: Request, policy: policies.Policy
+    config: ml_collections.ConfigDict, request: Request, candidates: Sequence[rollouts.Policy]
 ) -> judge_lib.Judge | None:
     if not request.validation:
         return None
+    for candidate in candidates:
+        if isinstance(candidate, chunk_policies.ChunkPolicy):
+            raise ValueError(
+                f"--validation: {candidate.name} is a chunk-level learner, which has no validation "
+                "loss; leave --validation out, roll-outs judge it"
+            )
+    policy = candidates[0]
     path = pathlib.Path(request.validation)
     validation = validation_lib.load(path, config.mix.held_out)
     judge = judge_lib.Judge(policy.model, path, validation, config.mix.seed)

@@ -15,7 +15,7 @@ import numpy as np
 from policymix import trees
 from policymix.checkpoints import assets, blocks, outputs, provenance, store, streaming
 from policymix.checkpoints.leaves import Leaf
-from policymix.models import pi0
+from policymix.models import pi0, recognize
 from policymix.runs import policies
 from policymix.transforms import normalize
 
@@ -230,6 +230,8 @@ def open_inputs(
 
 def _likely_cause(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """What most often lies behind such a difference, in brackets; "" where it is nothing known."""
+    if recognize.is_chunk_level(a) != recognize.is_chunk_level(b):
+        return " (one is a chunk-level learner, the other is not)"
     apart = a.keys() ^ b.keys()
     if any("lora" in path for path in apart):
         return " (one has LoRA parameters: merge them into it first)"

@@ -67,7 +67,7 @@ def recorded(dataset: opening.Dataset, feature: str = "") -> tuple[str, np.ndarr
         return chosen, _number(dataset, chosen)
     raise ValueError(
         f"{dataset.path} has no rewards, none of {', '.join(RECORDED)}: name another feature with "
-        f"offline_rl.reward_key, of {_numbers(dataset)}, or get them from {_how(dataset)}"
+        f"config.offline_rl.reward_key, of {_numbers(dataset)}, or get them from {_how(dataset)}"
     )
 
 
@@ -98,7 +98,7 @@ def ends(dataset: opening.Dataset, rule: str, rewards: np.ndarray) -> tuple[np.n
     if rule == "success":
         if not success:
             raise ValueError(
-                f"offline_rl.terminals is 'success', and {dataset.path} has none of "
+                f"config.offline_rl.terminals is 'success', and {dataset.path} has none of "
                 f"{', '.join(_SUCCESS)}; it has {numbers}"
             )
         return _number(dataset, success) > 0, f"as {success!r} says"

@@ -40,6 +40,7 @@ def mix(config: ml_collections.ConfigDict, request: Request) -> dict[str, Any]:
     repeat = None
     if request.repeat:
         config, request, repeat = repeats.read(config, request)
+    _check_has_loss(config, request)
     config = metadata.complete(config, checkpoints=request.checkpoints)
     method = repeat.method if repeat else requests.method_of(config, request)
     base = _base(config, request, method)
@@ -161,6 +162,21 @@ def _base(config: ml_collections.ConfigDict, request: Request, method: str) -> s
             "interpolate needs a base: pass --base, or a --config whose train.init_from names it"
         )
     return base
+
+
+def _check_has_loss(config: ml_collections.ConfigDict, request: Request) -> None:
+    """ValueError where chunk-level learners are to be judged by a loss."""
+    by_loss = (request.method or config.mix.method) in requests.BY_LOSS
+    if not (by_loss or request.validation or request.landscape) or not request.checkpoints:
+        return
+    first = request.checkpoints[0]
+    if hub.is_remote(first) or not files.local(first).exists():  # flags are checked first
+        return
+    if recognize.is_chunk_level(store.open_checkpoint(first).leaves):
+        raise ValueError(
+            f"{first} is a chunk-level learner, which has no validation loss here: mix with "
+            "average, manual or interpolate, without --validation, and judge mixes by evaluate.py"
+        )
 
 
 def _check_output(config: ml_collections.ConfigDict, request: Request, base: str) -> None:

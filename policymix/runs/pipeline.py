@@ -90,7 +90,7 @@ class Pipeline:
                 d, known = shapes[key][-1], len(stats[key].mean)
                 if d > size:
                     raise ValueError(
-                        f"{key!r} of {path} has {d} dimensions, config.model.{fields[key]} is "
+                        f"{key!r} of {path} has {d} dimensions, the model's {fields[key]} is "
                         f"{size}: it must be at least as large"
                     )
                 if d > known:
@@ -105,8 +105,8 @@ class Pipeline:
             if source.dataset.fingerprint() not in known:
                 raise ValueError(
                     f"{source.dataset.path} is not what {resumed} was trained on (its content "
-                    "changed): resume with the old data, or start from that checkpoint with "
-                    "config.train.init_from in another --workdir"
+                    "changed): resume with the old data, or start from that checkpoint "
+                    "(init_from) in another --workdir"
                 )
 
     def trainings(self) -> list[dict[str, Any]]:

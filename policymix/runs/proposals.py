@@ -52,11 +52,11 @@ def propose(
     *,
     horizon: int,
     num_proposals: int,
-    directory: pathlib.Path,
+    directory: pathlib.Path | None,
     batch_size: int = 32,
     num_flow_steps: int | None = None,
     seed: int = 0,
-) -> "Proposals":
+) -> "Proposals | None":
     """`num_proposals` chunks of a policy at every frame of a dataset's episodes, those held out
     too, that may begin a chunk.
 
@@ -68,7 +68,8 @@ def propose(
       config: its section `data` is the checkpoint's: cameras, features, tokenizer.
       model: of the checkpoint. source: its dataset and episodes count, nothing else of it.
       horizon: h, the first actions of the policy's chunk that are kept.
-      num_proposals: n. directory: of this cache alone.
+      num_proposals: n.
+      directory: of this cache alone; None: all is checked, and nothing is made.
       batch_size: frames that the policy is asked at together.
       num_flow_steps: None: config.evaluate.num_flow_steps.
 
@@ -80,10 +81,10 @@ def propose(
     """
     steps = config.evaluate.num_flow_steps if num_flow_steps is None else num_flow_steps
     settings = {"horizon": horizon, "num_proposals": num_proposals, "num_flow_steps": steps}
-    _check(settings | {"batch_size": batch_size}, model, checkpoint)
-    settings["seed"] = seed % 2**32
-    policy = policies.Policy(config, model, checkpoint)
-    asked = _Frames(policy, source, config.data.default_prompt or None, settings)
+    settings |= {"batch_size": batch_size, "seed": seed % 2**32}
+    asked = _asked(config, model, checkpoint, source, settings)
+    if directory is None:
+        return None
     shape = (len(asked.numbers), num_proposals, horizon, asked.action_dim)
     found = Proposals(files.local(directory), asked.numbers, shape)
     with _alone(found.directory):
@@ -92,13 +93,14 @@ def propose(
         files.check_space(found.directory, sum(found.num_bytes(b) + 4096 for b in missing))
         for block, chunks in _made(asked, missing, batch_size, config.data.num_threads):
             _write(found.path(block), chunks)
-    policy.unload()  # also where threads that made batches still know it
+    asked.policy.unload()  # also where threads that made batches still know it
     return found
 
 
-def _check(settings: Mapping[str, int], model: pi0.Pi0Config, checkpoint: str) -> None:
+def _asked(config, model: pi0.Pi0Config, checkpoint: str, source, settings: dict) -> "_Frames":
+    """The frames that a policy is to be asked at, of which no more than headers is read."""
     for name, value in settings.items():
-        if value < 1:
+        if value < (name != "seed"):
             raise ValueError(f"{name} of proposals is {value}; at least 1 is needed")
     if settings["horizon"] > model.action_horizon:
         raise ValueError(
@@ -106,6 +108,9 @@ def _check(settings: Mapping[str, int], model: pi0.Pi0Config, checkpoint: str) -
             f"chunks of {model.action_horizon} actions (config.model.action_horizon): ask for no "
             "more, or name a policy of longer chunks"
         )
+    policy = policies.Policy(config, model, checkpoint)
+    settings = {name: value for name, value in settings.items() if name != "batch_size"}
+    return _Frames(policy, source, config.data.default_prompt or None, settings)
 
 
 class Proposals:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import ml_collections
 import numpy as np
 
-from policymix import metrics
+from policymix import metrics, processes
 from policymix.runs import encoding
 from policymix.sim import envs, workers
 
@@ -29,15 +29,76 @@ class Policy(Protocol):
     """What plays: `policies.Policy`, or a chunk-level learner's.
 
     Attributes:
-      model: its configuration, of which action_horizon is looked at; encoder: what it reads.
+      name: for messages; model: its configuration, of which sizes are looked at; encoder: what it
+        reads.
     """
 
+    name: str
     model: Any
     encoder: encoding.Encoder
 
     def act(
         self, raw: Mapping[str, Any], *, seeds: Sequence[int], call: int, num_flow_steps: int
     ) -> np.ndarray: ...
+
+
+def check(config: ml_collections.ConfigDict, tasks: Sequence[envs.Task]) -> None:
+    """ValueError for settings of config.evaluate that no roll-outs of these tasks can have."""
+    e = config.evaluate
+    for name, least in (
+        ("num_episodes", 1), ("seed", 0), ("max_steps", 0), ("replan_steps", 0),
+        ("num_flow_steps", 1), ("num_workers", 0),
+    ):  # fmt: skip
+        if e[name] < least:
+            raise ValueError(f"config.evaluate.{name} is {e[name]}; at least {least} is needed")
+    if e.seed + e.num_episodes > 2**32:
+        raise ValueError(f"config.evaluate.seed is {e.seed}; seeds end at {2**32 - 1}")
+    envs.limit(tasks[0].simulator, e.max_steps)
+
+
+def check_policy(config: ml_collections.ConfigDict, policy: Policy, env: envs.Env) -> None:
+    """ValueError if a policy's chunks are shorter than what is to be played of them, or if it reads
+    or does what the environment does not have.
+    """
+    asked, horizon = config.evaluate.replan_steps, policy.model.action_horizon
+    if asked > horizon:
+        raise ValueError(
+            f"config.evaluate.replan_steps is {asked}, but a chunk of {policy.name} has {horizon} "
+            "actions; 0 plays whole chunks"
+        )
+    _check_robot(policy, env)
+
+
+def _check_robot(policy: Policy, env: envs.Env) -> None:
+    seen = {name: f["shape"] for name, f in env.features.items() if name != "action"}
+    states = policy.encoder.wiring.state_keys
+    cameras = {f"cameras.{camera}": name for camera, name in policy.encoder.cameras.items()}
+    for field, name in [*(("state_key", key) for key in states), *cameras.items()]:
+        if len(seen.get(name, ())) != (1 if field == "state_key" else 3):
+            raise ValueError(
+                f"config.data.{field} is {name!r}; the environments observe "
+                + ", ".join(f"{key} {list(shape)}" for key, shape in seen.items())
+            )
+    stats, model = policy.encoder.norm_stats, policy.model
+    p, (a,) = sum(seen[key][0] for key in states), env.features["action"]["shape"]
+    for key, size, most in (("state", p, model.proprio_dim), ("actions", a, model.action_dim)):
+        known = len(stats[key].mean) if key in stats else 0
+        if size > min(known, most) or (key == "actions" and size < known):
+            raise ValueError(
+                f"{policy.name} has norm stats for {known} numbers of {key!r} and room for {most}; "
+                f"the environments have {size}: it belongs to another robot"
+            )
+
+
+def play(policy: Policy, config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """(successes, episodes) of a policy in the tasks of config.evaluate, in its own processes."""
+    e = config.evaluate
+    tasks = envs.parse_all(e.env)
+    prompts = {task: envs.make(task).prompt for task in tasks}
+    episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
+    with workers.Pool(e.num_workers or min(processes.num_cores(), len(episodes))) as pool:
+        results = roll_out(policy, pool, episodes, config, prompts)
+    return sum(result.success for result in results), len(results)
 
 
 def roll_out(

@@ -8,7 +8,7 @@ and for the three losses once forward and backward each, and for the policy's we
 and three of 3 F, 27 in all. Ours: the next one once, the current one for the three losses, and
 once more for the critic and the value as they then are: 3 F and three of 3 F, 12 in all. So 2.2
 times is what to expect, and the first layer has no gradient in its input, which makes it 2.3;
-the rest is `networks.convolve`, beside XLA's convolution as it stands.
+the rest is `layers.convolve`, beside XLA's convolution as it stands.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from policymix.runs.measurements import Row, here, interleaved
 from policymix.structs import ChunkBatch, Observation, Params
 
 _TOLERANCE = 1e-4  # of losses after steps of Adam, where rounding decides the least gradients
+_OF_MEMBERS = ("chunk", "head")  # of a critic; these have an axis of the ensemble, here of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ def soft_row(sizes: Sizes) -> list[Row]:
     state = states.init_state(config, networks.init(config, jax.random.key(0)))
     ours = jax.jit(functools.partial(chunk_soft.update_given, config))
     theirs = Straightforward(config)
-    moments = {name: theirs.adam.init(state.params[name]) for name in _NETWORKS}
-    found = _require_same(
+    moments = {name: theirs.adam.init(state.params[name]) for name in networks.NAMES[config.algorithm]}
+    found = require_same(
         ours(state, batch, noise)[1], theirs.update(state.params, moments, batch, noise)[2]
     )
     row = Row(
@@ -73,8 +74,22 @@ def soft_row(sizes: Sizes) -> list[Row]:
     return [row._replace(note=f"{used:.2f} times less CPU; losses equal to {found:.1e}")]
 
 
-_NETWORKS = ("critic", "value", "policy")
-_OF_MEMBERS = ("chunk", "head")  # of a critic; these have an axis of the ensemble, here of one
+def require_same(ours: Mapping, theirs: Mapping) -> float:
+    """The largest relative difference of losses, each by itself.
+
+    Args:
+      theirs: {name: loss}; ours: at least the same names.
+
+    Raises:
+      ValueError: it is no rounding.
+    """
+    found = max(abs(float(ours[name]) / float(loss) - 1) for name, loss in theirs.items())
+    if not found <= _TOLERANCE:
+        raise ValueError(
+            f"the losses of ours and of the straightforward update differ by {found:.1e}; "
+            f"{_TOLERANCE:.0e} would be rounding"
+        )
+    return found
 
 
 class Straightforward:
@@ -230,14 +245,3 @@ def _example(config: LearnerConfig, batch_size: int) -> tuple[ChunkBatch, jax.Ar
     )
     noise = rng.standard_normal((batch_size, config.num_samples, *chunk), np.float32)
     return jax.device_put((batch, noise))
-
-
-def _require_same(ours: Mapping, theirs: Mapping) -> float:
-    """The largest relative difference of the losses."""
-    found = max(abs(float(ours[name]) / float(loss) - 1) for name, loss in theirs.items())
-    if not found <= _TOLERANCE:
-        raise ValueError(
-            f"the losses of ours and of the straightforward update differ by {found:.1e}; "
-            f"{_TOLERANCE:.0e} would be rounding"
-        )
-    return found

@@ -7,7 +7,6 @@ import math
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -80,7 +79,7 @@ def train(
         jax.eval_shape(loss_fn, like.params, pipeline.batch(0, config.train.batch_size), key)
         print("dry run: nothing was computed, nothing was written")
         return None
-    files.check_space(workdir, _nbytes(like))
+    files.check_space(workdir, trees.nbytes(like))
     memory.keep_freed()
     if overwrite and workdir.exists():
         files.remove(workdir)
@@ -291,17 +290,13 @@ def _some(paths: list[str]) -> str:
     return f" ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
 
 
-def _nbytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _print_plan(config, model, pipeline, like: TrainState, mesh, workdir: pathlib.Path) -> None:
     devices = mesh.devices.flat
     total = trees.num_params(like.params)
     frozen = optimizers.frozen_paths(like.params, _freeze(config, model))
     flat = trees.flatten(like.params)
     still = sum(math.prod(flat[path].shape) for path in frozen)
-    size = _nbytes(like)
+    size = trees.nbytes(like)
     data = "; ".join(
         f"data {source.dataset.path}: {len(source.train_episodes)} episodes to train on, "
         f"{len(source.held_out_episodes)} held out, {source.dataset.num_frames} frames in all"

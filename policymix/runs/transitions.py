@@ -10,16 +10,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from policymix.data import opening
+from policymix.data import loader, opening
 from policymix.rl import chunks as chunks_lib
 from policymix.rl import config as rl_config
 from policymix.runs import encoding, label_rewards, metadata, pipeline
 from policymix.runs import sources as sources_lib
 from policymix.structs import ChunkBatch, Observation
+from policymix.transforms import compose
 
 TERMINALS = (*label_rewards.ENDS, "rlvla")
 CHUNK_SOURCES = ("dataset", "policy")
-_KEPT = "is_kept"  # as loader.ActionChunks has it
 _BLOCK = 16_384  # frames or chunks that are encoded together
 _UNIT = 1 + 1e-4  # the largest normalised action where flows are clipped to ±1
 
@@ -83,8 +83,8 @@ class Transitions(pipeline.Pipeline):
             part.proposals = proposals[number] if proposals else None
         if proposals and self._options.chunk_source == "policy":
             print(
-                "WARNING: chunks are a policy's (offline_rl.chunk_source=policy); what they earn "
-                "and what is seen next is that of the demonstrated ones"
+                "WARNING: chunks are a policy's (config.offline_rl.chunk_source=policy); what they "
+                "earn and what is seen next is that of the demonstrated ones"
             )
 
     def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> ChunkBatch:
@@ -123,11 +123,12 @@ class Transitions(pipeline.Pipeline):
             raise ValueError(
                 f"{self.parts[0].where}: every reward of the training episodes is 0, so that all "
                 "chunks are worth the same: label them with edit_dataset.py "
-                "--operation=label_rewards, or name another feature with offline_rl.reward_key"
+                "--operation=label_rewards, or name another feature with "
+                "config.offline_rl.reward_key"
             )
         if options.algorithm.startswith("qc"):
             for part in self.parts:
-                _check_bounded(part, options.algorithm)
+                part.check_bounded(options.algorithm)
 
 
 class Part:
@@ -174,8 +175,8 @@ class Part:
         if self._from_policy:
             if candidates is None:
                 raise ValueError(
-                    "offline_rl.chunk_source is 'policy', and no policy proposes chunks: name its "
-                    "checkpoint with offline_rl.proposals"
+                    "config.offline_rl.chunk_source is 'policy', and no policy proposes chunks: "
+                    "name its checkpoint with config.offline_rl.proposals"
                 )
             actions, is_pad, candidates = candidates[:, 0], np.zeros_like(is_pad), None
         return ChunkBatch(
@@ -195,7 +196,8 @@ class Part:
             return self._actions[chunks.frames()]
         # Relative to the state that the chunk begins in.
         raw = {"state": self._states[chunks.starts], "actions": self._actions[chunks.frames()]}
-        return _padded(self._encoder.normalized(raw)["actions"], self._encoder.model.action_dim)
+        found = self._encoder.normalized(raw)["actions"].astype(np.float32, copy=False)
+        return compose.pad(found, self._encoder.model.action_dim)
 
     def check_lengths(self, whole: bool) -> None:
         """ValueError where there is no chunk, as where they must be `whole`; a warning where all
@@ -209,10 +211,22 @@ class Part:
         elif lengths.max() < horizon:
             raise ValueError(
                 f"{said} (the longest {lengths.max()}), and whole chunks alone are taken: lower "
-                "offline_rl.action_horizon, or set offline_rl.tails=pad"
+                "config.offline_rl.action_horizon, or set config.offline_rl.tails=pad"
             )
         if not len(self.train):
             raise ValueError(f"{dataset.path}: no frame to train on may begin a chunk")
+
+    def check_bounded(self, algorithm: str) -> None:
+        """ValueError unless all actions to train on lie within ±1."""
+        for start in range(0, len(self.train), _BLOCK):
+            actions = self.actions(self.train.take(slice(start, start + _BLOCK)))
+            largest = np.abs(actions).max(axis=(0, 1))
+            if largest.max() > _UNIT:
+                raise ValueError(
+                    f"{self._source.dataset.path}: normalised actions reach {largest.max():.3g} in "
+                    f"dimension {largest.argmax()}, and {algorithm} clips what its flow makes to "
+                    "±1: set config.data.normalization=bounds"
+                )
 
     def describe(self) -> list[str]:
         """How much there is, how much of it earns something, and how episodes end."""
@@ -236,7 +250,8 @@ class Part:
     def _encode(self, dataset: opening.Dataset, prompt: str | None) -> None:
         """Everything but pictures, of all frames; instructions, of all tasks."""
         model, wiring = self._encoder.model, self._encoder.wiring
-        states, actions = (_vectors(dataset, k) for k in (wiring.state_keys, wiring.action_keys))
+        states = loader.vectors(dataset, wiring.state_keys, "state_key")
+        actions = loader.vectors(dataset, wiring.action_keys, "action_key")
         self._states, self._actions = (states, actions) if wiring.relative else (None, None)
         self._proprio = np.empty((len(states), model.proprio_dim), np.float32)
         if not wiring.relative:
@@ -245,9 +260,9 @@ class Part:
             here = slice(start, start + _BLOCK)
             raw = {"state": states[here], "actions": actions[here, None]}
             found = self._encoder.normalized(raw)
-            self._proprio[here] = _padded(found["state"], model.proprio_dim)
+            self._proprio[here] = compose.pad(found["state"], model.proprio_dim)
             if not wiring.relative:
-                self._actions[here] = _padded(found["actions"][:, 0], model.action_dim)
+                self._actions[here] = compose.pad(found["actions"][:, 0], model.action_dim)
         tasks = dataset.tasks if prompt is None else [prompt]
         self._task = None if prompt is not None else dataset.column("task_index")
         raw = {"state": np.zeros((len(tasks), states.shape[1]), np.float32), "prompt": tasks}
@@ -301,14 +316,16 @@ def _check(options, data, settings: rl_config.LearnerConfig) -> None:
     for name, known in (("terminals", TERMINALS), ("chunk_source", CHUNK_SOURCES)):
         if options[name] not in known:
             raise ValueError(
-                f"offline_rl.{name} is {options[name]!r}; expected one of {list(known)}"
+                f"config.offline_rl.{name} is {options[name]!r}; expected one of {list(known)}"
             )
     chunks_lib.check(settings.action_horizon, options.discount, options.chunk_reward, options.tails)
     for name in ("reward_scale", "reward_shift"):
         if not np.isfinite(options[name]):
-            raise ValueError(f"offline_rl.{name} is {options[name]}; expected a finite number")
+            raise ValueError(
+                f"config.offline_rl.{name} is {options[name]}; expected a finite number"
+            )
     if options.seed < 0:
-        raise ValueError(f"offline_rl.seed is {options.seed}; it may not be negative")
+        raise ValueError(f"config.offline_rl.seed is {options.seed}; it may not be negative")
     if data.mixture:
         raise ValueError(
             f"config.data.mixture is {data.mixture!r}, of several robots: offline RL is of one; "
@@ -317,9 +334,10 @@ def _check(options, data, settings: rl_config.LearnerConfig) -> None:
 
 
 def _for_pipeline(config: ml_collections.ConfigDict, settings: rl_config.LearnerConfig):
-    """The config as `Pipeline` reads it: our seed, no policy to start from, cameras if seen."""
+    """The config as `Pipeline` reads it: our seed, our start with its norm stats, cameras seen."""
     config = config.copy_and_resolve_references()
-    config.train.seed, config.train.init_from = config.offline_rl.seed, ""
+    config.train.seed = config.offline_rl.seed
+    config.train.init_from = config.offline_rl.init_from
     if not settings.image_keys:
         config.data.cameras = ml_collections.ConfigDict()
     return config
@@ -365,35 +383,10 @@ def _begin(dataset: opening.Dataset, episodes: Sequence[int]) -> np.ndarray:
     chosen = np.zeros(dataset.num_episodes, bool)
     chosen[list(episodes)] = True
     found = np.repeat(chosen, dataset.episode_to - dataset.episode_from)
-    return found & dataset.column(_KEPT) if _KEPT in dataset.features else found
-
-
-def _vectors(dataset: opening.Dataset, keys: Sequence[str]) -> np.ndarray:
-    """Features side by side, float32 [N, d]."""
-    parts = [np.asarray(dataset.column(key), np.float32) for key in keys]
-    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-
-
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
-    """Zeros up to the policy's dimension, float32."""
-    rest = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
-    return np.pad(values.astype(np.float32, copy=False), rest)
+    return found & dataset.column(loader.KEPT) if loader.KEPT in dataset.features else found
 
 
 def _joined(batches: Sequence[ChunkBatch]) -> ChunkBatch:
     if len(batches) == 1:
         return batches[0]
     return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
-
-
-def _check_bounded(part: Part, algorithm: str) -> None:
-    """ValueError unless all actions to train on lie within ±1."""
-    for start in range(0, len(part.train), _BLOCK):
-        actions = part.actions(part.train.take(slice(start, start + _BLOCK)))
-        largest = np.abs(actions).max(axis=(0, 1))
-        if largest.max() > _UNIT:
-            raise ValueError(
-                f"normalised actions reach {largest.max():.3g} in dimension {largest.argmax()}, "
-                f"and {algorithm} clips what its flow makes to ±1: set "
-                "config.data.normalization=bounds"
-            )

@@ -157,5 +157,8 @@ def test_without_the_hub_the_message_says_how_to_get_it(monkeypatch):
         raise ConnectionError(f"{url} cannot be reached")
 
     monkeypatch.setattr(tokenizer.hub, "fetch", unreachable)
-    with pytest.raises(ValueError, match=r"hf download google/paligemma.*config.data.tokenizer=P"):
+    with pytest.raises(
+        ValueError,
+        match=r"hf download google/paligemma.*config.data.tokenizer=P.*config.offline_rl.tokenizer",
+    ):
         tokenizer.paligemma(48)

@@ -6,6 +6,8 @@ import pytest
 
 from policymix import trees
 from policymix.models import pi0, recognize
+from policymix.rl import networks
+from policymix.rl.config import LearnerConfig
 from tests.models.pi0_test import SMALL, noisy_params, random_inputs, small_config
 
 CONFIGS = {
@@ -39,6 +41,21 @@ def test_a_paligemma_alone_is_one():
     assert (model.paligemma_variant, model.vocab_size) == (CONFIGS["pi0"].paligemma_variant, 257152)
     with pytest.raises(ValueError, match="neither a π0 nor a PaliGemma"):
         recognize.model({"w": np.zeros(3)})
+
+
+@pytest.mark.parametrize("algorithm", ["chunk_iql", "qc_fql", "cloning"])
+@pytest.mark.parametrize("network", ["plain", "fused"])
+def test_a_chunk_level_learner_is_told_from_a_pi0(algorithm, network):
+    config = LearnerConfig(algorithm, network=network, hidden_dim=8, feature_dim=8)
+    params = jax.eval_shape(lambda: networks.init(config, jax.random.key(0)))
+    for tree in (params, trees.flatten(params)):
+        assert recognize.is_chunk_level(tree)
+        assert recognize.describe(tree) == "a chunk-level learner"
+    with pytest.raises(ValueError, match="run/1 holds a chunk-level learner"):
+        recognize.check(pi0.shapes(CONFIGS["pi0"]), params, "run/1")
+    for other in (pi0.shapes(CONFIGS["pi05"]), {"w": np.zeros(3)}):
+        assert not recognize.is_chunk_level(other)
+    assert recognize.describe({"w": np.zeros(3)}) == "no π0 that is known"
 
 
 def test_a_tree_without_pictures_has_no_cameras():

@@ -195,13 +195,14 @@ def test_words_are_tokens_of_the_models_vocabulary(stats):
     ("fields", "name", "message"),
     [
         ({"vocab_size": 258}, "bytes", "vocab_size is 258; the tokenizer 'bytes' needs 259"),
-        ({}, "word", "config.data.tokenizer is 'word'; expected paligemma"),
+        ({}, "word", "^tokenizer is 'word'; expected paligemma"),
         ({"vocab_size": 3}, "words", "vocab_size is 3; words need more than 3"),
     ],
 )
 def test_a_tokenizer_that_does_not_serve_is_refused(stats, fields, name, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as told:
         encoding.Encoder(model(**fields), data(tokenizer=name), stats)
+    assert "config.model" not in str(told.value)  # which chunk-level learners do not have
 
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
@@ -268,8 +269,9 @@ def test_pictures_that_are_no_bytes_are_refused(stats):
     ],
 )
 def test_cameras_without_a_picture_and_pictures_without_a_camera_are_named(stats, named, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as told:
         encoding.Encoder(model(image_keys=CAMERAS), data(cameras=named), stats)
+    assert "the model's image_keys" in str(told.value)
 
 
 def test_pictures_of_another_size_are_resized_with_their_aspect_kept(stats):

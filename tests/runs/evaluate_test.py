@@ -234,6 +234,8 @@ def test_checkpoints_that_do_not_act_are_refused(made, tmp_path, monkeypatch):
             refused(out, made["one"], checkpoint)
     with pytest.raises(ValueError, match="--checkpoints is empty"):
         refused(out)
+    with pytest.raises(ValueError, match="matches no checkpoint"):
+        refused(out, str(out / "*"))
     with pytest.raises(ValueError, match="overlaps the input"):
         refused(pathlib.Path(made["one"]) / "evaluation", made["one"])
     assert not out.exists()

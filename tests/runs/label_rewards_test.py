@@ -187,7 +187,7 @@ def test_no_rewards(dataset):
 
     with pytest.raises(ValueError, match="small has no rewards, none of reward, next.reward"):
         label_rewards.recorded(Small(speed=[1, 2]))
-    with pytest.raises(ValueError, match=r"offline_rl.reward_key, of \['speed'\]"):
+    with pytest.raises(ValueError, match=r"config.offline_rl.reward_key, of \['speed'\]"):
         label_rewards.recorded(Small(speed=[1, 2]))
     with pytest.raises(ValueError, match="'pose' is float64 .2.; one number a frame is needed"):
         label_rewards.recorded(Small(pose=[[1, 2], [3, 4]]), "pose")

@@ -3,13 +3,16 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from configs import common
 from policymix import trees
 from policymix.checkpoints import assets, store
-from policymix.runs import mix
+from policymix.rl import networks
+from policymix.rl.config import LearnerConfig
+from policymix.runs import mix, requests
 from tests import oracle
 from tests.runs.mix_support import VALIDATION, debug_config, different_stats
 
@@ -45,6 +48,43 @@ def test_another_architecture_is_named_with_its_likely_cause(request_for, single
         mix.mix(
             common.get_config(), request_for(checkpoints=(singles["var1"], broken(tmp_path, wider)))
         )
+
+
+def learner(path, seed=0):
+    """A checkpoint of a small chunk-level learner."""
+    config = LearnerConfig(action_dim=2, proprio_dim=3, action_horizon=2, hidden_dim=8)
+    store.save_params(jax.device_get(networks.init(config, jax.random.key(seed))), path)
+    return str(path)
+
+
+def test_a_chunk_level_learner_beside_a_pi0_is_named(request_for, singles, tmp_path):
+    one = learner(tmp_path / "learner")
+    for checkpoints in ((singles["var1"], one), (one, singles["var1"])):
+        with pytest.raises(ValueError, match=r"\(one is a chunk-level learner, the other is not\)"):
+            mix.mix(common.get_config(), request_for(checkpoints=checkpoints))
+
+
+@pytest.mark.parametrize("validation", ["", VALIDATION])
+@pytest.mark.parametrize("method", [*requests.BY_LOSS, "average"])
+def test_chunk_level_learners_have_no_loss(method, validation, request_for, tmp_path):
+    checkpoints = tuple(learner(tmp_path / f"learner{k}", k) for k in range(2))
+    request = request_for(checkpoints=checkpoints, method=method, validation=validation)
+    if method in requests.BY_LOSS or validation:
+        with pytest.raises(ValueError, match="learner0 is a chunk-level learner, which has no val"):
+            mix.mix(common.get_config(), request)
+        assert not (tmp_path / "out").exists()
+    else:
+        assert mix.mix(common.get_config(), request)["coefficients"] == [0.5, 0.5]
+
+
+def test_a_method_that_the_config_names_needs_a_loss_too(request_for, tmp_path):
+    config = common.get_config()
+    config.mix.method = "greedy"
+    one = learner(tmp_path / "learner")
+    with pytest.raises(ValueError, match="judge mixes by evaluate.py"):
+        mix.mix(config, request_for(checkpoints=(one, one)))
+    with pytest.raises(ValueError, match="judge mixes by evaluate.py"):
+        mix.mix(common.get_config(), request_for(checkpoints=(one, one), landscape=True))
 
 
 @pytest.mark.parametrize("method", ["average", "gradient_descent"])

@@ -470,13 +470,19 @@ def test_rlds():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"terminals": "done"}, r"offline_rl.terminals is 'done'; expected one of \['auto', 'succ"),
-        ({"tails": "cut"}, r"offline_rl.tails is 'cut'; expected one of"),
-        ({"chunk_reward": "mean"}, r"offline_rl.chunk_reward is 'mean'; expected one of"),
-        ({"chunk_source": "pi0"}, r"offline_rl.chunk_source is 'pi0'; expected one of"),
-        ({"discount": 2.0}, "offline_rl.discount is 2.0; expected 0 to 1"),
-        ({"reward_scale": np.inf}, "offline_rl.reward_scale is inf; expected a finite number"),
-        ({"seed": -1}, "offline_rl.seed is -1"),
+        (
+            {"terminals": "done"},
+            r"config.offline_rl.terminals is 'done'; expected one of \['auto', 'succ",
+        ),
+        ({"tails": "cut"}, r"config.offline_rl.tails is 'cut'; expected one of"),
+        ({"chunk_reward": "mean"}, r"config.offline_rl.chunk_reward is 'mean'; expected one of"),
+        ({"chunk_source": "pi0"}, r"config.offline_rl.chunk_source is 'pi0'; expected one of"),
+        ({"discount": 2.0}, "config.offline_rl.discount is 2.0; expected 0 to 1"),
+        (
+            {"reward_scale": np.inf},
+            "config.offline_rl.reward_scale is inf; expected a finite number",
+        ),
+        ({"seed": -1}, "config.offline_rl.seed is -1"),
         ({"reward_key": "reward"}, "has no 'reward'"),
         (
             {"reward_key": "action"},
@@ -529,7 +535,8 @@ def test_chunks_longer_than_every_episode(plain, capsys):
 
 @pytest.mark.parametrize("algorithm", ["qc", "qc_fql"])
 def test_actions_that_a_flow_cannot_reach(plain, algorithm):
-    with pytest.raises(ValueError, match=f"{algorithm} clips .* config.data.normalization=bounds"):
+    message = f"reach: normalised actions .*{algorithm} clips .* config.data.normalization=bounds"
+    with pytest.raises(ValueError, match=message):
         opened(plain, algorithm=algorithm)
     opened(plain, algorithm=algorithm, data={"normalization": "bounds"})
 
@@ -542,13 +549,27 @@ def test_nothing_to_train_on(plain, tmp_path):
         opened(plain, data=data)
 
 
+def test_data_that_changed_are_told_without_the_fields_of_imitation(plain, tmp_path):
+    found, other = opened(plain), write(tmp_path / "other", numbers=range(3))
+    ((asset_id, stats),) = found.norm_stats.items()
+    step = tmp_path / "run" / "4"
+    assets.write_norm_stats(step / "assets" / asset_id / assets.NORM_STATS, stats)
+    assets.write_episodes(step / "assets" / asset_id / assets.EPISODES, found.trainings())
+    config = configured(other)
+    config.data.asset_id = asset_id
+    with pytest.raises(ValueError, match="content changed.*checkpoint \\(init_from\\)") as told:
+        transitions.Transitions(config, settings(), resumed=step)
+    assert "config.train" not in str(told.value)
+
+
 def test_a_mixture_is_of_several_robots(plain):
     with pytest.raises(ValueError, match="mixture is 'bridge', of several robots"):
         opened(plain, data={"mixture": "bridge"})
 
 
 def test_a_robot_with_more_numbers_than_the_policy(plain):
-    with pytest.raises(ValueError, match="'state' of .* has 3 dimensions"):
+    message = "'state' of .* has 3 dimensions, the model's proprio_dim is 2"
+    with pytest.raises(ValueError, match=message):
         opened(plain, learner=dataclasses.replace(settings(), proprio_dim=2))
 
 
