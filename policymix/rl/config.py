@@ -202,14 +202,11 @@ class LearnerConfig:
             )
 
     def _check_sizes(self) -> None:
-        least = {"vocab_size": 1, "max_token_len": 0}
-        if self.network == "fused":  # whose layers are half as wide in places
-            least |= {"hidden_dim": 2, "feature_dim": 2}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
+        for name in ("hidden_dim", "feature_dim"):  # fused layers are half as wide in places
+            if self.network == "fused" and getattr(self, name) < 2:
                 raise ValueError(
-                    f"config.offline_rl.{name} is {getattr(self, name)}; at least {smallest} is "
-                    "needed" + (" by fused networks" if smallest == 2 else "")
+                    f"config.offline_rl.{name} is {getattr(self, name)}; at least 2 is needed by "
+                    "fused networks"
                 )
         if self.policy == "gaussian" and self.num_candidates > 1:
             raise ValueError(

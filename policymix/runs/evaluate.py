@@ -147,8 +147,8 @@ def _judge(
     for candidate in candidates:
         if isinstance(candidate, chunk_policies.ChunkPolicy):
             raise ValueError(
-                f"--validation: {candidate.name} is a chunk-level learner, which has no validation "
-                "loss; leave --validation out, roll-outs judge it"
+                f"{candidate.name} is a chunk-level learner, which has no validation loss here: "
+                "leave out --validation, and judge it by its roll-outs"
             )
     policy = candidates[0]
     path = pathlib.Path(request.validation)

@@ -8,14 +8,14 @@ import itertools
 import math
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from policymix import files, intervals, memory, metrics, processes, sharding, trees
+from policymix import files, intervals, memory, metrics, sharding, trees
 from policymix.checkpoints import assets, series, store
 from policymix.data import loader
 from policymix.rl import learner as learner_lib
@@ -31,7 +31,7 @@ from policymix.runs import (
     transitions,
     workdirs,
 )
-from policymix.sim import envs, workers
+from policymix.sim import envs
 
 # What a resumed run may change without becoming another run.
 _FREE = (
@@ -51,6 +51,10 @@ class _Plan:
     rollout_every: int
     keep_period: int
     per_epoch: int
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that is done every so many steps, 0: never, is done after this one."""
+        return every > 0 and (step % every == 0 or step == self.last)
 
     def calls(self, first: int, most: int) -> Iterator[tuple[int, int]]:
         """(step, updates of the call that begins there): at most `most`, and none goes past a step
@@ -94,21 +98,24 @@ def train(
     start = functools.partial(learner_lib.init, learner)
     like = jax.eval_shape(start, jax.random.key(0))
     header = None if resumed else _open_start(config.offline_rl.init_from, learner)
+    proposing = _Proposing(asked, config, data) if config.offline_rl.proposals else None
+    if plan.rollout_every:
+        _check_roll_outs(config, chunk_policies.Live(str(workdir), learner, {}, data.encoder))
     _print_plan(config, learner, data, plan, like, mesh, workdir)
     if dry_run:
-        if not config.offline_rl.proposals:  # which a dry run does not make
+        if not proposing:  # which a dry run does not let propose
             example = data.batch(0, config.offline_rl.batch_size)
             update = functools.partial(learner_lib.update, learner)
             jax.eval_shape(update, like, example, jax.random.key(0))
         print("dry run: nothing was computed, nothing was written")
         return None
-    files.check_space(workdir, _nbytes(like))
+    files.check_space(workdir, trees.nbytes(like))
     memory.keep_freed()
     if overwrite and workdir.exists():
         files.remove(workdir)
     workdirs.write(workdir, record)
-    if config.offline_rl.proposals:
-        data.propose(_proposals(asked, config, data, workdir))
+    if proposing:
+        data.propose(proposing.made(workdir))
     saved = series.Series(
         workdir, max_to_keep=config.offline_rl.max_to_keep, keep_period=plan.keep_period or None
     )
@@ -158,16 +165,15 @@ class _Run:
                     logged = self._tell(writer, *pending, logged)
                 end = step + count
                 pending = (end, values)
-                if end % plan.save_every == 0 or end == plan.last:
-                    _check_finite(*pending, logged[0])  # a diverged state is not worth keeping
+                saves, plays = plan.due(end, plan.save_every), plan.due(end, plan.rollout_every)
+                if saves or plays:  # a diverged state is not worth keeping
+                    logged, pending = self._tell(writer, *pending, logged), None
+                if saves:
                     saved.save(state, beside)
-                    if self._held_out is not None:
-                        told = _judged(self._learner)(state, self._held_out, root_key)
-                        writer.write(end, {f"held_out/{name}": v for name, v in told.items()})
-                if plan.rollout_every and (end % plan.rollout_every == 0 or end == plan.last):
+                    self._judge(writer, end, state, root_key)
+                if plays:
                     writer.write(end, self._roll_out(state.params))
                 shown.step(count)
-        self._tell(writer, *pending, logged)
         writer.close()
         saved.wait()
         print(f"step {plan.last} written to {self._workdir / str(plan.last)}")
@@ -188,7 +194,7 @@ class _Run:
     def _tell(self, writer, step: int, values, last: tuple[int, float]) -> tuple[int, float]:
         """Writes a line where one is due; `last` is the step and the time of the one before."""
         _check_finite(step, values, last[0])
-        if step % self._plan.log_every and step != self._plan.last:
+        if not self._plan.due(step, self._plan.log_every):
             return last
         now = time.monotonic()
         rate = (step - last[0]) / max(now - last[1], 1e-9)
@@ -203,36 +209,21 @@ class _Run:
             )
         return step, now
 
+    def _judge(self, writer, step: int, state: State, root_key: jax.Array) -> None:
+        """Writes the metrics of an update on held-out chunks that is not made."""
+        if self._held_out is None:
+            return
+        told = _judged(self._learner)(state, self._held_out, root_key)
+        kept = {f"held_out/{k}": v for k, v in told.items() if not k.endswith("grad_norm")}
+        writer.write(step, kept)
+
     def _roll_out(self, params) -> dict[str, float]:
         """Success in the simulator of config.evaluate."""
-        policy = _Live(self._learner, params, self._data.encoder)
-        successes, count = _play(policy, self._config)
+        name = str(self._workdir)
+        policy = chunk_policies.Live(name, self._learner, params, self._data.encoder)
+        successes, count = rollouts.play(policy, self._config)
         low, high = intervals.wilson(successes, count)
         return {"rollout/success": successes / count, "rollout/low": low, "rollout/high": high}
-
-
-class _Live:
-    """The policy of a run that goes on, as roll-outs take it."""
-
-    def __init__(self, model: LearnerConfig, params, encoder):
-        self.model, self.encoder, self._params = model, encoder, params
-
-    def act(self, raw: Mapping[str, Any], *, seeds, call: int, num_flow_steps: int = 0):
-        observation = self.encoder.observation(raw)
-        return chunk_policies.act(
-            self.model, self._params, self.encoder, observation, raw["state"], seeds, call
-        )
-
-
-def _play(policy: _Live, config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """(successes, episodes) of the tasks of config.evaluate."""
-    e = config.evaluate
-    tasks = envs.parse_all(e.env)
-    prompts = {task: envs.make(task).prompt for task in tasks}
-    episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
-    with workers.Pool(e.num_workers or min(processes.num_cores(), len(episodes))) as pool:
-        results = rollouts.roll_out(policy, pool, episodes, config, prompts)
-    return sum(result.success for result in results), len(results)
 
 
 @functools.cache
@@ -295,27 +286,40 @@ def _started(state: State, header, places: State) -> State:
     return state.replace(params=params, targets=targets)
 
 
-def _proposals(asked, config, data: transitions.Transitions, workdir: pathlib.Path) -> list:
-    """Chunks that config.offline_rl.proposals, a checkpoint, proposes for every frame, dataset by
-    dataset; made here, or found where an earlier run left them.
-    """
-    r = config.offline_rl
-    asked = metadata.complete(asked, checkpoints=(r.proposals,))
-    model = policies.model_config(asked, why="config.offline_rl.proposals")
-    found = []
-    for number, source in enumerate(data.sources):
-        made = proposals.propose(
+class _Proposing:
+    """What config.offline_rl.proposals, a checkpoint, proposes for every frame."""
+
+    def __init__(self, asked: ml_collections.ConfigDict, config, data: transitions.Transitions):
+        """Nothing is made yet. ValueError or OSError for a checkpoint that cannot propose.
+
+        Args:
+          asked: the config as it was given, whose section `data` is the proposing policy's.
+        """
+        r = config.offline_rl
+        self._data = data
+        asked = metadata.complete(asked, checkpoints=(r.proposals,))
+        self._propose = functools.partial(
+            proposals.propose,
             asked,
-            model,
+            policies.model_config(asked, why="config.offline_rl.proposals"),
             r.proposals,
-            source,
             horizon=r.action_horizon,
             num_proposals=r.num_proposals,
-            directory=workdir / "proposals" / str(number),
             seed=r.seed,
         )
-        found.append(proposals.Normalized(made, data.encoder, source))
-    return found
+        for source in data.sources:
+            self._propose(source, directory=None)
+
+    def made(self, workdir: pathlib.Path) -> list[proposals.Normalized]:
+        """Dataset by dataset: made here, or found where an earlier run left them."""
+        return [
+            proposals.Normalized(
+                self._propose(source, directory=workdir / "proposals" / str(number)),
+                self._data.encoder,
+                source,
+            )
+            for number, source in enumerate(self._data.sources)
+        ]
 
 
 def _check_settings(config: ml_collections.ConfigDict) -> None:
@@ -335,13 +339,16 @@ def _check_settings(config: ml_collections.ConfigDict) -> None:
             "config.offline_rl.chunk_source is 'policy', which needs the checkpoint that proposes "
             "chunks: name it with config.offline_rl.proposals"
         )
+    if r.seed >= 2**32:
+        raise ValueError(f"config.offline_rl.seed is {r.seed}; seeds end at {2**32 - 1}")
     if r.rollout_every:
-        envs.parse_all(config.evaluate.env)
-        if config.evaluate.replan_steps > r.action_horizon:
-            raise ValueError(
-                f"config.evaluate.replan_steps is {config.evaluate.replan_steps}, but a chunk has "
-                f"{r.action_horizon} actions (config.offline_rl.action_horizon); 0 plays whole ones"
-            )
+        rollouts.check(config, envs.parse_all(config.evaluate.env))
+
+
+def _check_roll_outs(config: ml_collections.ConfigDict, policy: chunk_policies.Live) -> None:
+    """ValueError or OSError for a policy that the environments do not fit, or no simulator."""
+    made = [envs.make(task) for task in envs.parse_all(config.evaluate.env)]
+    rollouts.check_policy(config, policy, made[0])
 
 
 def _check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
@@ -364,18 +371,15 @@ def _check_workdir(config, workdir: pathlib.Path, record, *, overwrite: bool) ->
     )
 
 
-def _nbytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _print_plan(config, learner, data, plan: _Plan, like: State, mesh, workdir) -> None:
     device = mesh.devices.flat[0].device_kind
     sizes = ", ".join(f"{name} {trees.num_params(p):,}" for name, p in like.params.items())
     print(
         f"{mesh.size} × {device}; {learner.algorithm}, {learner.policy} policy, chunks of "
         f"{learner.action_horizon} actions of {learner.action_dim} numbers; parameters: {sizes}; "
-        f"computed in {learner.dtype}; state {_nbytes(like) / 1e6:,.1f} MB",
+        f"computed in {learner.dtype}; state {trees.nbytes(like) / 1e6:,.1f} MB",
         *data.describe(),
+        f"norm stats from {data.norm_stats_from}",
         f"{plan.last} steps of {config.offline_rl.batch_size}, {plan.per_epoch} per epoch; "
         f"checkpoints in {workdir}",
         sep="\n",

@@ -68,21 +68,21 @@ def propose(
       config: its section `data` is the checkpoint's: cameras, features, tokenizer.
       model: of the checkpoint. source: its dataset and episodes count, nothing else of it.
       horizon: h, the first actions of the policy's chunk that are kept.
-      num_proposals: n.
-      directory: of this cache alone; None: all is checked, and nothing is made.
+      num_proposals: n. directory: of this cache alone; None: all is checked, nothing is made.
       batch_size: frames that the policy is asked at together.
       num_flow_steps: None: config.evaluate.num_flow_steps.
 
     Raises:
-      ValueError: a horizon beyond the policy's, a policy of another robot, a directory of other
-        proposals, or a frame that the policy cannot be asked at.
+      ValueError: another policy's horizon, robot or directory, or a frame that cannot be encoded.
       FloatingPointError: what it proposes is not finite. Nothing takes the place of that.
       OSError: no checkpoint, or no room.
     """
     steps = config.evaluate.num_flow_steps if num_flow_steps is None else num_flow_steps
     settings = {"horizon": horizon, "num_proposals": num_proposals, "num_flow_steps": steps}
-    settings |= {"batch_size": batch_size, "seed": seed % 2**32}
-    asked = _asked(config, model, checkpoint, source, settings)
+    _check(settings | {"batch_size": batch_size}, model, checkpoint)
+    settings["seed"] = seed % 2**32
+    policy = policies.Policy(config, model, checkpoint)
+    asked = _Frames(policy, source, config.data.default_prompt or None, settings)
     if directory is None:
         return None
     shape = (len(asked.numbers), num_proposals, horizon, asked.action_dim)
@@ -93,14 +93,13 @@ def propose(
         files.check_space(found.directory, sum(found.num_bytes(b) + 4096 for b in missing))
         for block, chunks in _made(asked, missing, batch_size, config.data.num_threads):
             _write(found.path(block), chunks)
-    asked.policy.unload()  # also where threads that made batches still know it
+    policy.unload()  # also where threads that made batches still know it
     return found
 
 
-def _asked(config, model: pi0.Pi0Config, checkpoint: str, source, settings: dict) -> "_Frames":
-    """The frames that a policy is to be asked at, of which no more than headers is read."""
+def _check(settings: Mapping[str, int], model: pi0.Pi0Config, checkpoint: str) -> None:
     for name, value in settings.items():
-        if value < (name != "seed"):
+        if value < 1:
             raise ValueError(f"{name} of proposals is {value}; at least 1 is needed")
     if settings["horizon"] > model.action_horizon:
         raise ValueError(
@@ -108,9 +107,6 @@ def _asked(config, model: pi0.Pi0Config, checkpoint: str, source, settings: dict
             f"chunks of {model.action_horizon} actions (config.model.action_horizon): ask for no "
             "more, or name a policy of longer chunks"
         )
-    policy = policies.Policy(config, model, checkpoint)
-    settings = {name: value for name, value in settings.items() if name != "batch_size"}
-    return _Frames(policy, source, config.data.default_prompt or None, settings)
 
 
 class Proposals:
@@ -337,9 +333,8 @@ def _made_for(data: ml_collections.ConfigDict, asked: _Frames) -> dict[str, Any]
     told["instructions"] = _digest([] if data.default_prompt else dataset.tasks)
     told["choice of frames"] = _digest(asked.numbers.tolist())
     told["cameras"] = policy.encoder.cameras
-    model = dataclasses.asdict(policy.model)
-    model.pop("remat")  # changes no number
-    told |= {f"config.model.{name}": value for name, value in model.items()}
+    model = dataclasses.asdict(policy.model).items()
+    told |= {f"config.model.{name}": value for name, value in model if name != "remat"}
     told |= {f"config.data.{name}": data[name] for name in _WIRING}
     return json.loads(json.dumps(told, default=str))
 

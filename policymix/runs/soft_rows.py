@@ -59,7 +59,7 @@ def soft_row(sizes: Sizes) -> list[Row]:
     state = states.init_state(config, networks.init(config, jax.random.key(0)))
     ours = jax.jit(functools.partial(chunk_soft.update_given, config))
     theirs = Straightforward(config)
-    moments = {name: theirs.adam.init(state.params[name]) for name in networks.NAMES[config.algorithm]}
+    moments = {name: theirs.adam.init(tree) for name, tree in state.params.items()}
     found = require_same(
         ours(state, batch, noise)[1], theirs.update(state.params, moments, batch, noise)[2]
     )

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policymix.rl import chunk_iql, losses, networks
+from policymix.rl import chunk_iql, learner, losses, networks
 from policymix.rl import state as states
 from policymix.rl.config import LearnerConfig
 from policymix.structs import ChunkBatch, Observation
 
 SMALL = LearnerConfig(
-    action_dim=2, proprio_dim=3, action_horizon=3, hidden_dim=8, num_layers=2, max_weight=2.0
-)
+    action_dim=2, proprio_dim=3, action_horizon=3, hidden_dim=8, num_layers=2, max_weight=2.0,
+    lambda_v=0.7, lambda_pi=0.3,
+)  # fmt: skip
 SEEING = dataclasses.replace(
     SMALL, image_keys=("base",), image_resolution=(32, 32), feature_dim=4, num_layers=1
 )
@@ -70,9 +71,9 @@ def losses_and_gradients(config, params, target_params, batch, key):
 @functools.cache
 def start(config) -> states.State:
     """Networks, and targets that are others."""
-    state = states.init_state(config, networks.init(config, jax.random.key(0)))
-    other = networks.init(config, jax.random.key(1))
-    return state.replace(targets={name: other[name] for name in state.targets})
+    init = jax.jit(learner.init, static_argnums=0)
+    state, other = init(config, jax.random.key(0)), init(config, jax.random.key(1))
+    return state.replace(targets={name: other.params[name] for name in state.targets})
 
 
 def measure(config, batch, seed=2):
@@ -88,8 +89,7 @@ def same(found, expected, **tolerance):
 
 @pytest.mark.parametrize("config", [SMALL, SEEING, FUSED], ids=["plain", "seeing", "fused"])
 def test_one_backward_pass_has_the_gradients_of_three_losses(config):
-    """Each loss by itself, with everything it takes as given computed beforehand."""
-    config = dataclasses.replace(config, lambda_v=0.7, lambda_pi=0.3)
+    """With everything that each of them takes as given computed beforehand."""
     state, batch = start(config), batch_of(config, padded=True)
     metrics, grads = measure(config, batch)
 
@@ -107,36 +107,32 @@ def test_one_backward_pass_has_the_gradients_of_three_losses(config):
         weights = jnp.minimum(jnp.exp(advantage / config.temperature), config.max_weight)
         y = batch.rewards + batch.discounts * ask(networks.value, params, batch.next_observation)
 
-        def critic_loss(params):
+        def losses_of(params):
             q = ask(networks.critic, params, batch.observation, batch.actions)
             counted = batch.has_next.astype(jnp.float32)[None]
-            return jnp.sum((q - y[None]) ** 2 * counted) / (2 * jnp.sum(counted))
-
-        def value_loss(params):
             u = target_q - ask(networks.value, params, batch.observation)
-            return jnp.mean(jnp.abs(config.expectile - (u < 0)) * u**2)
-
-        def policy_loss(params):
             read = networks.features(config, params, "policy", batch.observation)
             mean, std = networks.gaussian(config, params, read)
             log_prob = losses.gaussian_log_prob(mean, std, batch.actions, batch.action_is_pad)
-            return -jnp.mean(weights * log_prob)
+            critic = jnp.sum((q - y[None]) ** 2 * counted) / (2 * jnp.sum(counted))
+            value = jnp.mean(jnp.abs(config.expectile - (u < 0)) * u**2)
+            policy = -jnp.mean(weights * log_prob)
+            found = {"critic/loss": critic, "value/loss": value, "policy/loss": policy}
+            return critic + 0.7 * value + 0.3 * policy, found
 
-        found = [jax.value_and_grad(f)(params) for f in (critic_loss, value_loss, policy_loss)]
-        (critic, of_critic), (value, of_value), (policy, of_policy) = found
-        total = jax.tree.map(lambda c, v, p: c + 0.7 * v + 0.3 * p, of_critic, of_value, of_policy)
-        return {"critic/loss": critic, "value/loss": value, "policy/loss": policy}, total
+        return jax.value_and_grad(losses_of, has_aux=True)(params)
 
-    expected, total = apart(state.params)
-    same({name: metrics[name] for name in expected}, expected)
+    (loss, expected), total = apart(state.params)
+    same({name: metrics[name] for name in ("loss", *expected)}, {"loss": loss} | expected)
     same(grads, total, atol=1e-4)
     if config.image_keys:
         assert np.any(grads["encoder"]["pictures"]["dense"]["kernel"])
 
 
-def test_without_targets_the_online_critic_is_taken():
+@pytest.mark.parametrize("num_candidates", [0, 3])
+def test_without_targets_the_online_critic_is_taken(num_candidates):
     config = dataclasses.replace(SMALL, ema_decay=0.0)
-    batch = batch_of(config)
+    batch = batch_of(config, num_candidates=num_candidates)
     assert start(config).targets == {}
     metrics, grads = measure(config, batch)
     state = start(config)
@@ -144,9 +140,15 @@ def test_without_targets_the_online_critic_is_taken():
     same((metrics, grads), with_copies)
 
 
-def test_padded_actions_are_not_learned():
-    config, batch = CLONING, batch_of(CLONING, padded=True)
-    other = jnp.where(batch.action_is_pad[..., None], 9.0, batch.actions)
+@pytest.mark.parametrize("config", [CLONING, flowing(CLONING)], ids=["gaussian", "flow"])
+def test_padded_actions_are_not_learned(config):
+    """A flow's velocity of a step depends on its padded ones, so there look at a row of padding."""
+    batch = batch_of(config, padded=True)
+    batch = batch.replace(action_is_pad=batch.action_is_pad.at[0].set(True))
+    changed = batch.action_is_pad
+    if config.policy == "flow":
+        changed &= jnp.all(changed, axis=1, keepdims=True)
+    other = jnp.where(changed[..., None], 9.0, batch.actions)
     assert np.any(other != batch.actions)
     same(measure(config, batch), measure(config, batch.replace(actions=other)))
     changed = measure(config, batch.replace(actions=batch.actions + 0.1))
@@ -167,8 +169,8 @@ def test_rows_without_a_next_do_not_count_for_the_critic():
 
 def test_a_candidate_that_is_the_datas_chunk_changes_nothing():
     batch = batch_of(SMALL)
-    twice = batch.replace(candidates=batch.actions[:, None])
-    same(measure(SMALL, twice), measure(SMALL, batch))
+    often = batch.replace(candidates=batch.actions[:, None].repeat(3, axis=1))
+    same(measure(SMALL, often), measure(SMALL, batch))
 
 
 @pytest.mark.parametrize("config", [SMALL, flowing(SMALL)], ids=["gaussian", "flow"])
@@ -204,11 +206,14 @@ def test_each_chunk_of_the_set_has_the_weight_of_its_own_advantage():
             q = jnp.min(networks.critic(SMALL, target_params, read, chunk), axis=0)
             weight = jnp.minimum(jnp.exp((q - value) / SMALL.temperature), SMALL.max_weight)
             pads = None if i else batch.action_is_pad
-            terms.append(weight * losses.gaussian_log_prob(mean, std, chunk, pads))
-        return -jnp.mean(jnp.stack(terms))
+            terms.append((weight, weight * losses.gaussian_log_prob(mean, std, chunk, pads)))
+        weights, fits = map(jnp.stack, zip(*terms, strict=True))
+        return -jnp.mean(fits), jnp.sum(weights) ** 2 / (weights.size * jnp.sum(weights**2))
 
-    found = expected(state.params, state.target_params)
-    np.testing.assert_allclose(metrics["policy/loss"], found, rtol=1e-4)
+    loss, size = expected(state.params, state.target_params)
+    np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["policy/effective_batch"], size, rtol=1e-4)
+    assert size < 0.99
 
 
 def test_cloning_is_a_likelihood():
@@ -216,7 +221,8 @@ def test_cloning_is_a_likelihood():
     params = start(CLONING).params
     assert set(params) == {"policy"}
     metrics, _ = measure(CLONING, batch)
-    mean, std = networks.gaussian(CLONING, params, batch.observation.proprio)
+    ask = jax.jit(networks.gaussian, static_argnums=0)
+    mean, std = ask(CLONING, params, batch.observation.proprio)
     log_prob = losses.gaussian_log_prob(mean, std, batch.actions, batch.action_is_pad)
-    np.testing.assert_allclose(metrics["loss"], -np.mean(log_prob), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], -0.3 * np.mean(log_prob), rtol=1e-5)
     np.testing.assert_allclose(metrics["policy/log_prob"], np.mean(log_prob), rtol=1e-5)

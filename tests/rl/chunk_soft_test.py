@@ -1,19 +1,10 @@
-"""The three losses one after the other: against the numbers of the program they are from, and that
-the defaults hold where that program's settings run away.
+"""The three losses one after the other: what must not matter to them, what the shared encoder of
+plain networks learns, and that the defaults hold where the settings they come from run away.
 
-testdata/rl/soft_tiny.npz holds, computed by PyTorch in float32 at small sizes: inputs (`in/`, its
-pictures are enlarged sixteenfold), outputs, losses, gradients and gradient norms at the initial
-parameters, and losses and outputs of three steps of training (`seq/`). `exact/` are the last in
-float64. The initial parameters are not stored: `_weights` makes them. To renew: build the three
-networks in PyTorch (encoder of two cameras and proprio, the language's seat zero, then the heads;
-its `Linear` and `Conv2d`, in the order of LAYERS, each weight before its bias), load `_weights`,
-make the steps in the order critic, value, policy with Adam at 3e-4, and save under these names.
+The numbers of the program that the losses are from: chunk_soft_golden_test.
 """
 
-import dataclasses
 import functools
-import hashlib
-import pathlib
 
 import flax.traverse_util
 import jax
@@ -21,228 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policymix.rl import chunk_soft, losses, networks
-from policymix.rl import config as rl_config
-from policymix.rl import state as states
+from policymix.rl import chunk_soft, learner, losses, networks
 from policymix.rl.config import LearnerConfig
 from policymix.structs import ChunkBatch, Observation
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "testdata/rl/soft_tiny.npz"
-# The settings of the program that the losses are from.
-FAITHFUL = {
-    "algorithm": "chunk_soft", "entropy_temperature": 1.0, "max_weight": 0, "ema_decay": 0,
-    "num_critics": 1, "min_std": 1e-6, "max_token_len": 0,
-}  # fmt: skip
-CAMERAS = ("image", "wrist_image")
-TINY = LearnerConfig(
-    **FAITHFUL, action_dim=3, action_horizon=4, proprio_dim=5, image_keys=CAMERAS, hidden_dim=16,
-    feature_dim=16,
-)  # fmt: skip
-# Our path of each layer, and the shape of PyTorch's weight; None: what we do not have.
-ENCODER = {
-    "pictures/conv_0": (32, 3, 8, 8), "pictures/conv_1": (64, 32, 4, 4),
-    "pictures/conv_2": (128, 64, 4, 4), "pictures/conv_3": (256, 128, 4, 4),
-    "pictures/dense": (8, 256 * 8 * 8), "proprio/dense_0": (8, 5), "proprio/dense_1": (8, 8),
-    "language": (8, 128), "fusion/dense_0": (16, 32), "fusion/dense_1": (16, 16),
-}  # fmt: skip
-
-
-def _mlp(name: str, *widths: int) -> dict[str, tuple[int, int]]:
-    pairs = zip(widths[1:], widths[:-1], strict=True)
-    return {f"{name}/dense_{i}": pair for i, pair in enumerate(pairs)}
-
-
-LAYERS = {
-    "critic": _mlp("chunk", 12, 32, 16, 16) | _mlp("head", 32, 16, 8, 1),
-    "value": _mlp("head", 16, 16, 8, 1),
-    "policy": _mlp("mean", 16, 16, 8, 12) | _mlp("std", 16, 16, 8, 12),
-}
-
-
-@functools.cache
-def _golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as file:
-        return dict(file)
-
-
-def _weights() -> tuple[dict, str]:
-    """The initial parameters as our tree, and the SHA-256 of PyTorch's, as float16, in order.
-
-    Element i of the j-th tensor of network k is, rounded to float16, its scale times
-    sin(0.1 (k + 1) + 1.3 j + 0.37 i + 1.13e-5 (i mod 9973)²).
-    """
-    tree, digest = {}, hashlib.sha256()
-    for k, (network, heads) in enumerate(LAYERS.items()):
-        layers = {f"encoder/{path}": shape for path, shape in ENCODER.items()} | heads
-        for j, (path, shape) in enumerate(layers.items()):
-            for of, (part, dims) in enumerate((("kernel", shape), ("bias", shape[:1]))):
-                i = np.arange(np.prod(dims), dtype=float)
-                phase = 0.1 * (k + 1) + 1.3 * (2 * j + of) + 0.37 * i + 1.13e-5 * (i % 9973) ** 2
-                scale = np.sqrt(2 / np.prod(shape[1:])) if part == "kernel" else 0.02
-                tensor = (scale * np.sin(phase)).astype(np.float16).reshape(dims)
-                digest.update(tensor.tobytes())
-                if "language" not in path:
-                    tree[(network, *path.split("/"), part)] = _ours(network, path, tensor)
-    return flax.traverse_util.unflatten_dict(tree), digest.hexdigest()
-
-
-def _ours(network: str, path: str, tensor: np.ndarray) -> np.ndarray:
-    """A tensor of PyTorch, (out, in) or OIHW, as ours; its pictures are flattened as CHW."""
-    tensor = tensor.astype(np.float32)
-    if path.endswith("pictures/dense") and tensor.ndim == 2:
-        tensor = tensor.reshape(-1, 256, 8, 8).transpose(0, 2, 3, 1).reshape(len(tensor), -1)
-    if tensor.ndim == 4:
-        tensor = tensor.transpose(2, 3, 1, 0)
-    tensor = tensor.T if tensor.ndim == 2 else tensor
-    member = network == "critic" and not path.startswith("encoder")
-    return tensor[None] if member else tensor
-
-
-def _observation(prefix: str, dtype) -> Observation:
-    golden = _golden()
-    pictures = {name: golden[f"in/{prefix}{name}_lowres"] for name in CAMERAS}
-    return Observation(
-        images={name: x.repeat(16, 1).repeat(16, 2) for name, x in pictures.items()},
-        image_masks={name: np.ones(4, bool) for name in CAMERAS},
-        proprio=golden[f"in/{prefix}state"].astype(dtype),
-    )
-
-
-def _batch(dtype) -> ChunkBatch:
-    golden = _golden()
-    return ChunkBatch(
-        observation=_observation("", dtype),
-        actions=golden["in/actions"].astype(dtype),
-        action_is_pad=np.zeros((4, 4), bool),
-        rewards=golden["in/reward"].astype(dtype),
-        discounts=(0.99**4 * (1 - golden["in/done"])).astype(dtype),
-        next_observation=_observation("next_", dtype),
-        has_next=np.ones(4, bool),
-    )
-
-
-def _losses(metrics) -> list[float]:
-    return [float(metrics[f"{name}/loss"]) for name in LAYERS]
-
-
-@functools.cache
-def _steps(exact: bool, moving: bool):
-    """Three updates: states and metrics, first and last. Without `moving`, one that moves nothing,
-    so that value and policy meet the networks as they were.
-    """
-    dtype = np.float64 if exact else np.float32
-    config = dataclasses.replace(TINY, dtype=np.dtype(dtype).name)
-    config = config if moving else dataclasses.replace(config, learning_rate=1e-30)
-    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), _weights()[0])
-    state = states.init_state(config, params)
-    noise = _golden()["in/eps"].transpose(0, 2, 1, 3, 4).astype(dtype)
-    step = jax.jit(functools.partial(chunk_soft.update_given, config))
-    found = []
-    for eps in noise if moving else noise[:1]:
-        state, metrics = step(state, _batch(dtype), eps)
-        found.append((state, metrics))
-    return config, found
-
-
-@pytest.fixture
-def exactly(monkeypatch):
-    """float64 throughout: what differs is the method, not the rounding."""
-    monkeypatch.setattr(rl_config, "DTYPES", (*rl_config.DTYPES, "float64"))
-    hurried = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)  # its convolutions take minutes
-    with jax.enable_x64(True):
-        yield
-    jax.config.update("jax_disable_most_optimizations", hurried)
-
-
-def test_the_initial_parameters_are_those_of_the_golden_numbers():
-    params, digest = _weights()
-    assert digest == str(_golden()["weights_sha256"])
-    expected = jax.eval_shape(lambda: networks.init(TINY, jax.random.key(0)))
-    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, expected)
-
-
-def test_losses_and_gradients_are_those_of_pytorch():
-    golden, (_, [(state, metrics)]) = _golden(), _steps(False, False)
-    np.testing.assert_allclose(_losses(metrics), [golden[f"loss/{n}"] for n in LAYERS], rtol=1e-5)
-    for name in LAYERS:
-        np.testing.assert_allclose(
-            metrics[f"{name}/grad_norm"], golden[f"gradnorm/{name}"], rtol=1e-4
-        )
-    np.testing.assert_allclose(metrics["policy/weight_max"], golden["out/w_norm"].max(), rtol=1e-5)
-    np.testing.assert_allclose(
-        metrics["policy/log_prob"], golden["out/logp_data"].mean(), rtol=1e-5
-    )
-    for network in LAYERS:
-        found, expected = _norms(state, network)
-        np.testing.assert_allclose(found, expected, rtol=2e-3)  # far in the first layer
-
-
-def _norms(state: states.State, network: str) -> tuple[list[float], list[float]]:
-    """Of every tensor's gradient, in PyTorch's order; and what they should be."""
-    golden = _golden()
-    norms = zip(golden["norm_names"].tolist(), golden["norms"].tolist(), strict=True)
-    expected = [norm for name, norm in norms if name.startswith(network)]
-    # Adam's first moment after one step is a tenth of the gradient.
-    moment = flax.traverse_util.flatten_dict(state.opt_state[network][0].mu, sep="/")
-    paths = _in_order(network)
-    assert set(paths) == moment.keys()
-    return [10 * np.linalg.norm(np.asarray(moment[path])) for path in paths], expected
-
-
-def _in_order(network: str) -> list[str]:
-    """Our paths in PyTorch's order."""
-    layers = [f"encoder/{path}" for path in ENCODER if path != "language"] + list(LAYERS[network])
-    return [f"{path}/{part}" for path in layers for part in ("kernel", "bias")]
-
-
-@pytest.mark.slow
-def test_three_steps_of_training_are_those_of_pytorch(exactly):
-    golden, (config, found) = _golden(), _steps(True, True)
-    np.testing.assert_allclose(
-        [_losses(metrics) for _, metrics in found], golden["exact/loss"], rtol=1e-7
-    )
-    found_norms, expected = _norms(found[0][0], "critic")
-    np.testing.assert_allclose(found_norms, expected, rtol=1e-4)
-    # Its float32 is as far from its float64: Adam's first steps are the signs of gradients, and
-    # where these are rounding, so are the signs.
-    np.testing.assert_allclose([_losses(m) for _, m in found], golden["seq/losses"], rtol=1e-3)
-    params, batch = found[-1][0].params, _batch(np.float64)
-    read = {n: networks.features(config, params, n, batch.observation) for n in LAYERS}
-    mean, std = networks.gaussian(config, params, read["policy"])
-    for name, value in {
-        "q": networks.critic(config, params, read["critic"], batch.actions)[0],
-        "v": networks.value(config, params, read["value"]),
-        "mean": mean,
-        "std": std,
-    }.items():
-        np.testing.assert_allclose(value, golden[f"exact/{name}"], rtol=1e-6, atol=1e-7)
-
-
-def test_activations_are_those_of_pytorch_in_float32_too():
-    golden, params, batch = _golden(), _weights()[0], _batch(np.float32)
-    read = {n: networks.features(TINY, params, n, batch.observation) for n in LAYERS}
-    mean, std = networks.gaussian(TINY, params, read["policy"])
-    q = networks.critic(TINY, params, read["critic"], batch.actions)
-    log_prob = losses.gaussian_log_prob(mean, std, batch.actions)
-    for name, value in {
-        "critic_obs_feat": read["critic"],
-        "q": q.T,
-        "v": networks.value(TINY, params, read["value"])[:, None],
-        "mean": mean,
-        "std": std,
-        "logp_data": log_prob,
-    }.items():
-        np.testing.assert_allclose(value, golden[f"out/{name}"], rtol=1e-4, atol=1e-5)
-
-
-# Small sizes without pictures
-
+from tests.rl.chunk_soft_golden_test import FAITHFUL
 
 SMALL = {
     "algorithm": "chunk_soft", "action_dim": 2, "action_horizon": 3, "proprio_dim": 4,
-    "hidden_dim": 16, "feature_dim": 16, "num_layers": 2, "num_samples": 2,
+    "hidden_dim": 16, "feature_dim": 16, "num_layers": 2, "num_samples": 2, "ema_decay": 0.9,
 }  # fmt: skip
+CONFIG = LearnerConfig(**SMALL)
+# Plain networks that share an encoder of language.
+READING = LearnerConfig(
+    **SMALL | {"num_layers": 1, "learning_rate": 1e-30}, network="plain", max_token_len=3,
+    vocab_size=32, lambda_v=0.7, lambda_pi=0.3,
+)  # fmt: skip
+KEY = jax.random.key(2)
+step = jax.jit(chunk_soft.update, static_argnums=0)
 
 
 def _random_batch(config: LearnerConfig, size: int, key, candidates: int = 0) -> ChunkBatch:
@@ -274,9 +60,15 @@ def _random_batch(config: LearnerConfig, size: int, key, candidates: int = 0) ->
     )
 
 
-def _started(config: LearnerConfig):
-    state = states.init_state(config, networks.init(config, jax.random.key(0)))
-    return state, jax.jit(functools.partial(chunk_soft.update, config))
+@functools.cache
+def start(config: LearnerConfig):
+    return jax.jit(learner.init, static_argnums=0)(config, jax.random.key(0))
+
+
+@functools.cache
+def _drawn(config: LearnerConfig, candidates: int = 0) -> ChunkBatch:
+    draw = jax.jit(_random_batch, static_argnums=(0, 1, 3))
+    return draw(config, 4, jax.random.key(1), candidates)
 
 
 def _equal(a, b) -> bool:
@@ -284,53 +76,43 @@ def _equal(a, b) -> bool:
 
 
 def test_the_draws_of_an_update_are_those_of_its_step():
-    config = LearnerConfig(**SMALL)
-    (state, step), batch = (
-        _started(config),
-        _random_batch(LearnerConfig(**SMALL), 4, jax.random.key(1)),
-    )
-    once = step(state, batch, jax.random.key(2))
-    assert _equal(once, step(state, batch, jax.random.key(2)))
-    later = step(state.replace(step=state.step + 1), batch, jax.random.key(2))
+    state, batch = start(CONFIG), _drawn(CONFIG)
+    once = step(CONFIG, state, batch, KEY)
+    assert _equal(once, step(CONFIG, state, batch, KEY))
+    later = step(CONFIG, state.replace(step=state.step + 1), batch, KEY)
     assert not _equal(once[1]["value/target_mean"], later[1]["value/target_mean"])
     assert int(once[0].step) == 1
 
 
 def test_rows_without_a_next_observation_leave_the_critic_as_it_is():
-    config = LearnerConfig(**SMALL)
-    state, step = _started(config)
-    batch = _random_batch(config, 4, jax.random.key(1))
+    batch = _drawn(CONFIG)
     lost = batch.replace(
         has_next=jnp.asarray([True, False, True, False]),
         rewards=batch.rewards.at[1::2].set(1e6),
     )
-    kept = jax.tree.map(lambda x: x[::2], batch)
-    _, of_lost = step(state, lost, jax.random.key(2))
-    _, of_kept = step(state, kept, jax.random.key(2))
+    kept = jax.tree.map(lambda x: x[np.array([0, 2, 0, 2])], batch)
+    _, of_lost = step(CONFIG, start(CONFIG), lost, KEY)
+    _, of_kept = step(CONFIG, start(CONFIG), kept, KEY)
     np.testing.assert_allclose(of_lost["critic/loss"], of_kept["critic/loss"], rtol=1e-5)
     np.testing.assert_allclose(of_lost["critic/grad_norm"], of_kept["critic/grad_norm"], rtol=1e-4)
 
 
 def test_padded_actions_do_not_count_in_the_policys_loss():
-    config = LearnerConfig(**SMALL)
-    state, step = _started(config)
-    batch = _random_batch(config, 4, jax.random.key(1))
+    batch = _drawn(CONFIG)
     padded = batch.replace(action_is_pad=batch.action_is_pad.at[:, 1:].set(True))
-    _, whole = step(state, batch, jax.random.key(2))
-    _, part = step(state, padded, jax.random.key(2))
+    _, whole = step(CONFIG, start(CONFIG), batch, KEY)
+    _, part = step(CONFIG, start(CONFIG), padded, KEY)
     for name in ("critic/loss", "value/loss", "policy/advantage_mean"):
         np.testing.assert_allclose(whole[name], part[name], rtol=1e-6)
     assert float(part["policy/log_prob"]) > 0.6 * float(whole["policy/log_prob"])  # both below 0
 
 
 def test_a_candidate_that_is_the_datas_own_chunk_changes_nothing_but_what_is_proposed():
-    config = LearnerConfig(**SMALL)
-    state, step = _started(config)
-    batch = _random_batch(config, 4, jax.random.key(1), candidates=3)
+    state, batch = start(CONFIG), _drawn(CONFIG, candidates=3)
     same = batch.replace(candidates=batch.actions[:, None].repeat(3, axis=1))
-    alone, _ = step(state, batch.replace(candidates=None), jax.random.key(2))
-    beside, _ = step(state, same, jax.random.key(2))
-    other, _ = step(state, batch, jax.random.key(2))
+    alone, _ = step(CONFIG, state, batch.replace(candidates=None), KEY)
+    beside, _ = step(CONFIG, state, same, KEY)
+    other, _ = step(CONFIG, state, batch, KEY)
     for a, b in zip(jax.tree.leaves(alone.params), jax.tree.leaves(beside.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     assert _equal(alone.params["critic"], other.params["critic"])
@@ -338,10 +120,8 @@ def test_a_candidate_that_is_the_datas_own_chunk_changes_nothing_but_what_is_pro
 
 
 def test_targets_follow_slowly_and_are_what_is_asked():
-    config = LearnerConfig(**SMALL, ema_decay=0.9)
-    state, step = _started(config)
-    batch = _random_batch(config, 4, jax.random.key(1))
-    moved, _ = step(state, batch, jax.random.key(2))
+    state, batch = start(CONFIG), _drawn(CONFIG)
+    moved, _ = step(CONFIG, state, batch, KEY)
     for name, target in moved.targets.items():
         expected = jax.tree.map(
             lambda old, new: 0.9 * old + 0.1 * new, state.targets[name], moved.params[name]
@@ -351,20 +131,73 @@ def test_targets_follow_slowly_and_are_what_is_asked():
     high = jax.tree.map(lambda x: x, state.targets["critic"])
     high["head"]["dense_2"]["bias"] = high["head"]["dense_2"]["bias"] + 10
     raised, told = step(
-        state.replace(targets={**state.targets, "critic": high}), batch, jax.random.key(2)
+        CONFIG, state.replace(targets={**state.targets, "critic": high}), batch, KEY
     )
     assert float(told["value/target_mean"]) > 8  # nine tenths of ten
     assert float(raised.step) == 1
 
 
-@pytest.mark.parametrize("network", ["plain", "fused"])
+@jax.jit
+def _written_out(params, batch, noise):
+    """The total loss of READING with the networks as they are and targets equal to them, and the
+    weights of its policy.
+    """
+    fixed = jax.lax.stop_gradient
+
+    def ask(network, params, observation, *rest):
+        read = networks.features(READING, params, network.__name__, observation)
+        return network(READING, params, read, *rest)
+
+    def of_policy(params, actions):
+        read = networks.features(READING, params, "policy", batch.observation)
+        mean, std = (x[:, None] for x in networks.gaussian(READING, params, read))
+        samples = mean + std * noise
+        return samples, losses.gaussian_log_prob(mean, std, samples if actions is None else actions)
+
+    y = batch.rewards + batch.discounts * ask(networks.value, params, batch.next_observation)
+    samples, log_prob = of_policy(params, None)
+    q = jnp.min(ask(networks.critic, params, batch.observation, samples), axis=0)
+    soft = jnp.mean(q - READING.entropy_temperature * log_prob, axis=1)
+    q = jnp.min(ask(networks.critic, params, batch.observation, batch.actions), axis=0)
+    weights = jnp.exp(q - ask(networks.value, params, batch.observation))
+    weights = fixed(jnp.minimum(weights, READING.max_weight))
+
+    def total(params):
+        q = ask(networks.critic, params, batch.observation, batch.actions)
+        v = ask(networks.value, params, batch.observation)
+        log_prob = of_policy(params, batch.actions[:, None])[1][:, 0]
+        critic, value = jnp.mean((q - fixed(y)[None]) ** 2), jnp.mean((v - fixed(soft)) ** 2)
+        policy = -jnp.mean(weights / jnp.mean(weights) * log_prob)
+        return critic + 0.7 * value + 0.3 * policy
+
+    return jax.value_and_grad(total)(params), weights
+
+
+def test_a_shared_encoder_learns_from_all_three_losses():
+    """Steps are too small for one network's to reach the next one's loss."""
+    state, batch = start(READING), _drawn(READING)
+    moved, metrics = step(READING, state, batch, KEY)
+    noise = jax.random.normal(jax.random.fold_in(KEY, 0), (4, 2, 3, 2))
+    (loss, gradient), weights = _written_out(state.params, batch, noise)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    # Adam's first moment after one step is a tenth of the gradient.
+    found = 10 * moved.opt_state["encoder"][0].mu["prompt"]["embedding"]
+    expected = gradient["encoder"]["prompt"]["embedding"]
+    assert np.any(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    size = np.sum(weights) ** 2 / (4 * np.sum(np.square(weights)))
+    np.testing.assert_allclose(metrics["policy/effective_batch"], size, rtol=1e-5)
+    assert size < 0.999
+
+
+@pytest.mark.parametrize("network", ["plain", pytest.param("fused", marks=pytest.mark.slow)])
 def test_every_part_of_the_networks_learns(network):
     config = LearnerConfig(
         **SMALL, network=network, image_keys=("a",), image_resolution=(32, 32), max_token_len=3,
         vocab_size=32,
     )  # fmt: skip
-    state, step = _started(config)
-    moved, metrics = step(state, _random_batch(config, 4, jax.random.key(1)), jax.random.key(2))
+    state = start(config)
+    moved, metrics = step(config, state, _drawn(config), KEY)
     assert ("encoder" in state.params) == (network == "plain")
     before, after = (flax.traverse_util.flatten_dict(s.params, sep="/") for s in (state, moved))
     still = [path for path in before if np.array_equal(before[path], after[path])]
@@ -375,7 +208,6 @@ def test_every_part_of_the_networks_learns(network):
 def _toy(config: LearnerConfig, num_steps: int):
     """Largest |Q| in each tenth of a run on a toy: 512 chunks, rewards at random, 32 a step."""
     data = _random_batch(config, 512, jax.random.key(7))
-    state = states.init_state(config, networks.init(config, jax.random.key(0)))
 
     def step(state, key):
         rows = jax.random.randint(key, (32,), 0, 512)
@@ -389,7 +221,7 @@ def _toy(config: LearnerConfig, num_steps: int):
     run = jax.jit(
         lambda state: jax.lax.scan(step, state, jax.random.split(jax.random.key(4), num_steps))
     )
-    _, (q, loss) = run(state)
+    _, (q, loss) = run(start(config))
     return np.asarray(q).reshape(10, -1).max(axis=1), np.asarray(loss)
 
 

@@ -24,9 +24,15 @@ SEEING = {
 }  # fmt: skip
 
 
+init = jax.jit(networks.init, static_argnums=0)
+features = jax.jit(networks.features, static_argnums=(0, 2))
+critic = jax.jit(networks.critic, static_argnums=0)
+velocity = jax.jit(networks.velocity, static_argnums=0)
+
+
 @functools.cache
 def _params(config: LearnerConfig):
-    return networks.init(config, jax.random.key(0))
+    return init(config, jax.random.key(0))
 
 
 def _observation(config: LearnerConfig, size: int = 3) -> Observation:
@@ -53,19 +59,19 @@ def _close(a, b, **tolerances):
 def test_chunks_of_one_observation_get_what_each_gets_alone(network):
     config = LearnerConfig(algorithm="chunk_iql", policy="flow", network=network, **SMALL)
     params, observation, chunks = _params(config), _observation(config), _chunks(3, 4)
-    read = networks.features(config, params, "critic", observation)
-    q = networks.critic(config, params, read, chunks)
+    read = features(config, params, "critic", observation)
+    q = critic(config, params, read, chunks)
     assert q.shape == (2, 3, 4)
     assert not np.allclose(q[0], q[1])  # members of an ensemble start apart
     t = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
-    read = networks.features(config, params, "policy", observation)
-    v_t = networks.velocity(config, params, read, chunks, t)
+    read = features(config, params, "policy", observation)
+    v_t = velocity(config, params, read, chunks, t)
     for k in range(4):
         one = chunks[:, k]
-        again = networks.features(config, params, "critic", observation)
-        _close(q[:, :, k], networks.critic(config, params, again, one))
-        _close(v_t[:, k], networks.velocity(config, params, read, one, t[:, k]))
-    assert not np.allclose(v_t, networks.velocity(config, params, read, chunks, t * 0))
+        again = features(config, params, "critic", observation)
+        _close(q[:, :, k], critic(config, params, again, one))
+        _close(v_t[:, k], velocity(config, params, read, one, t[:, k]))
+    assert not np.allclose(v_t, velocity(config, params, read, chunks, t * 0))
 
 
 def test_a_layer_of_parts_is_the_layer_of_them_side_by_side():
@@ -79,70 +85,48 @@ def test_a_layer_of_parts_is_the_layer_of_them_side_by_side():
     _close(layer.apply({"params": params}, *parts), expected)
 
 
-@pytest.mark.parametrize(("stride", "channels"), [(4, 3), (2, 3), (2, 16)])
-def test_convolutions_and_their_gradients_are_the_ordinary_ones(stride, channels):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 13, 18, channels), np.float32)
-    kernel = rng.standard_normal((2 * stride, 2 * stride, channels, 5), np.float32)
-
-    def ordinary(x, kernel):
-        pads, numbers = [(stride // 2, stride // 2)] * 2, ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), pads, dimension_numbers=numbers
-        )
-
-    ours, pull = jax.vjp(networks.convolve, x, kernel)
-    theirs, expected = jax.vjp(ordinary, x, kernel)
-    _close(ours, theirs, atol=1e-4)
-    gradient = rng.standard_normal(ours.shape, np.float32)
-    for a, b in zip(pull(gradient), expected(gradient), strict=True):
-        _close(a, b, atol=1e-4)
-
-
 def test_plain_networks_read_the_same_and_fused_ones_their_own():
     plain = LearnerConfig(algorithm="chunk_iql", network="plain", **SMALL, **SEEING)
     observation = _observation(plain)
-    read = [networks.features(plain, _params(plain), n, observation) for n in ("critic", "policy")]
+    read = [features(plain, _params(plain), n, observation) for n in ("critic", "policy")]
     np.testing.assert_array_equal(*read)
     assert read[0].shape == (3, 2 * 8 + 4 + 128)
     fused = dataclasses.replace(plain, network="fused")
     assert "encoder" not in _params(fused)
     one = jax.tree.map(jnp.copy, _params(fused))
     one["critic"]["encoder"] = jax.tree.map(jnp.zeros_like, one["critic"]["encoder"])
-    kept = networks.features(fused, one, "value", observation)
-    np.testing.assert_array_equal(
-        kept, networks.features(fused, _params(fused), "value", observation)
-    )
+    kept = features(fused, one, "value", observation)
+    np.testing.assert_array_equal(kept, features(fused, _params(fused), "value", observation))
     assert kept.shape == (3, 8)
 
 
 @pytest.mark.parametrize("network", ["plain", "fused"])
 def test_padding_of_a_prompt_is_not_read_and_its_words_are(network):
-    config = LearnerConfig(algorithm="cloning", network=network, **SMALL, **SEEING)
-    config, params = config.seeing(()), _params(config.seeing(()))
+    config = LearnerConfig(algorithm="cloning", network=network, **SMALL, **SEEING).seeing(())
+    params = _params(config)
     observation = _observation(config)
-    read = networks.features(config, params, "policy", observation)
+    read = features(config, params, "policy", observation)
 
     def changed(column: int) -> Observation:
         tokens = observation.prompt_tokens.copy()
         tokens[:, column] = (tokens[:, column] + 1) % config.vocab_size
         return observation.replace(prompt_tokens=tokens)
 
-    np.testing.assert_array_equal(read, networks.features(config, params, "policy", changed(4)))
-    assert not np.allclose(read, networks.features(config, params, "policy", changed(0)))
+    np.testing.assert_array_equal(read, features(config, params, "policy", changed(4)))
+    assert not np.allclose(read, features(config, params, "policy", changed(0)))
     empty = observation.replace(prompt_mask=np.zeros((3, 5), bool))
-    assert np.isfinite(networks.features(config, params, "policy", empty)).all()
+    assert np.isfinite(features(config, params, "policy", empty)).all()
 
 
 def test_pictures_are_the_same_as_bytes_and_as_numbers_and_bfloat16_is_near():
     config = LearnerConfig(algorithm="cloning", network="fused", **SMALL, **SEEING)
     params, observation = _params(config), _observation(config)
-    read = networks.features(config, params, "policy", observation)
+    read = features(config, params, "policy", observation)
     images = {k: x.astype(np.float32) / 127.5 - 1 for k, x in observation.images.items()}
-    floats = networks.features(config, params, "policy", observation.replace(images=images))
+    floats = features(config, params, "policy", observation.replace(images=images))
     _close(read, floats)
     half = dataclasses.replace(config, dtype="bfloat16")
-    rounded = networks.features(half, params, "policy", observation)
+    rounded = features(half, params, "policy", observation)
     assert rounded.dtype == jnp.float32
     _close(rounded, read, atol=0.05, rtol=0.1)
     assert not np.array_equal(rounded, read)
@@ -162,7 +146,7 @@ def test_initial_parameters_are_spread_as_promised(network):
         algorithm="chunk_iql", network=network, **SMALL | SEEING | {"hidden_dim": 64}
     )
     flat = flax.traverse_util.flatten_dict(_params(config), sep="/")
-    other = flax.traverse_util.flatten_dict(networks.init(config, jax.random.key(1)), sep="/")
+    other = flax.traverse_util.flatten_dict(init(config, jax.random.key(1)), sep="/")
     assert {x.dtype for x in flat.values()} == {jnp.dtype("float32")}
     for path, x in flat.items():
         if not path.endswith("kernel") or x.size < 500:
@@ -205,4 +189,4 @@ def test_plain_critics_put_layer_norm_after_gelu():
         x = nn.gelu(nn.Dense(16).apply({"params": own[f"dense_{i}"]}, x))
         x = nn.LayerNorm().apply({"params": own[f"norm_{i}"]}, x)
     expected = nn.Dense(1).apply({"params": own["dense_2"]}, x)[:, 0]
-    _close(networks.critic(config, params, jnp.ones((3, 4)), chunks)[0], expected)
+    _close(critic(config, params, jnp.ones((3, 4)), chunks)[0], expected)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policymix.rl import qc
+from policymix.rl import learner, networks, qc
 from policymix.rl import state as states
 from policymix.rl.config import LearnerConfig
 from policymix.structs import ChunkBatch, Observation
@@ -127,6 +127,7 @@ def published_start(published):
     return params, params | {"critic": ours(theirs(published, "modules_target_critic/value_net"))}
 
 
+@jax.jit
 def drawn_by_them(root) -> qc.Noises:
     """What the published program draws from a key of an update."""
     _, of_actor, of_critic = jax.random.split(root, 3)
@@ -139,11 +140,14 @@ def drawn_by_them(root) -> qc.Noises:
     return qc.Noises(chunks[0], chunks[1], 1 - jax.random.uniform(t, (8, 1))[:, 0], chunks[2])
 
 
+total_loss = jax.jit(qc.total_loss, static_argnums=0)
+
+
 def test_losses_are_the_published_ones(published):
     config, batch = config_of(published), batch_of(published)
     params, target_params = published_start(published)
     noises = noises_of(published)
-    loss, metrics = qc.total_loss(config, params, target_params, batch, noises)
+    loss, metrics = total_loss(config, params, target_params, batch, noises)
     found = {
         "actor/bc_flow_loss": metrics["policy/flow_loss"],
         "actor/distill_loss": metrics["policy/distill_loss"],
@@ -165,7 +169,8 @@ def test_next_chunks_are_the_published_ones(published):
     config, batch = config_of(published), batch_of(published)
     params, _ = published_start(published)
     read = {"actor": batch.next_observation.proprio}
-    found = qc.next_chunks(config, params, read, noises_of(published).following)
+    ask = jax.jit(qc.next_chunks, static_argnums=0)
+    found = ask(config, params, read, noises_of(published).following)
     expected = published["out/next_actions"].reshape(8, 3, 2)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.any(np.abs(expected) == 1)  # some are clipped
@@ -177,13 +182,15 @@ def test_gradients_are_the_published_ones(published):
     tensors = {name: theirs(published, path) for name, path in _NETWORKS.items()}
     target = {"critic": ours(theirs(published, "modules_target_critic/value_net"))}
 
-    def loss(tensors):
+    @jax.jit
+    @jax.value_and_grad
+    def measured(tensors):
         params = params_of(tensors)
         _, metrics = qc.total_loss(config, params, params | target, batch, noises_of(published))
         return metrics["critic/loss"] * counted(published) + metrics["policy/loss"]
 
-    np.testing.assert_allclose(loss(tensors), published["out/loss"], rtol=2e-6)
-    grads = jax.grad(loss)(tensors)
+    loss, grads = measured(tensors)
+    np.testing.assert_allclose(loss, published["out/loss"], rtol=2e-6)
     for name, path in _NETWORKS.items():
         for tensor, gradient in grads[name].items():
             expected = published[f"gnorm/{path}/{tensor}"]
@@ -196,7 +203,7 @@ def test_three_updates_are_the_published_ones_save_that_their_targets_lag(publis
     config, batch = config_of(published), batch_of(published)
     params, target_params = published_start(published)
     start = states.init_state(config, params).replace(targets={"critic": target_params["critic"]})
-    update = jax.jit(functools.partial(qc.update_with, config))
+    update = jax.jit(functools.partial(qc.update_given, config))
 
     def sequence(lagging):
         state, found = start, []
@@ -214,3 +221,45 @@ def test_three_updates_are_the_published_ones_save_that_their_targets_lag(publis
     expected = published["seq/critic_loss"]
     np.testing.assert_allclose(sequence(lagging=True), expected, rtol=2e-6)
     assert np.abs(sequence(lagging=False) - expected)[1:].max() > 1e-5
+
+
+def test_qc_bootstraps_on_the_targets_mean_of_the_chunk_that_the_critic_prefers():
+    config = LearnerConfig(
+        algorithm="qc", action_dim=2, proprio_dim=3, action_horizon=2, hidden_dim=8, num_layers=1,
+        num_flow_steps=2, num_candidates=8,
+    )  # fmt: skip
+    init = jax.jit(learner.init, static_argnums=0)
+    state, other = init(config, jax.random.key(0)), init(config, jax.random.key(1)).params
+    state = state.replace(targets={"critic": other["critic"]})
+    rng = np.random.default_rng(0)
+
+    def seen():
+        return Observation({}, {}, proprio=rng.standard_normal((16, 3), np.float32))
+
+    batch = ChunkBatch(
+        observation=seen(),
+        actions=rng.uniform(-1, 1, (16, 2, 2)).astype(np.float32),
+        action_is_pad=np.zeros((16, 2), bool),
+        rewards=rng.standard_normal(16, np.float32),
+        discounts=rng.choice([0.5, 0.9], 16).astype(np.float32),
+        next_observation=seen(),
+        has_next=np.ones(16, bool),
+    )
+
+    @jax.jit
+    def found_and_expected(state):
+        noises = qc.draw(config, jax.random.key(2), 16)
+        after = batch.next_observation.proprio
+        read = dict.fromkeys(("critic", "policy"), after)
+        best = qc.best_of(config, state.params, read, noises.following)
+        q = networks.critic(config, state.target_params, after, best)
+        online = networks.critic(config, state.params, after, best)
+        _, metrics = qc.update_given(config, state, batch, noises)
+        return metrics["critic/target_mean"], [
+            jnp.mean(batch.rewards + batch.discounts * x)
+            for x in (jnp.mean(q, axis=0), jnp.min(q, axis=0), jnp.mean(online, axis=0))
+        ]
+
+    found, (expected, *others) = found_and_expected(state)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert min(abs(other - found) for other in others) > 1e-2

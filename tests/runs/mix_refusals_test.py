@@ -50,15 +50,21 @@ def test_another_architecture_is_named_with_its_likely_cause(request_for, single
         )
 
 
-def learner(path, seed=0):
-    """A checkpoint of a small chunk-level learner."""
+@pytest.fixture(scope="module")
+def learners(tmp_path_factory):
+    """Checkpoints of two chunk-level learners: all zeros, and all ones."""
     config = LearnerConfig(action_dim=2, proprio_dim=3, action_horizon=2, hidden_dim=8)
-    store.save_params(jax.device_get(networks.init(config, jax.random.key(seed))), path)
-    return str(path)
+    shapes = jax.eval_shape(lambda: networks.init(config, jax.random.key(0)))
+    paths = [tmp_path_factory.mktemp("learners") / f"learner{k}" for k in range(2)]
+    for k, path in enumerate(paths):
+        store.save_params(
+            jax.tree.map(lambda leaf, k=k: np.full(leaf.shape, k, "f4"), shapes), path
+        )
+    return tuple(map(str, paths))
 
 
-def test_a_chunk_level_learner_beside_a_pi0_is_named(request_for, singles, tmp_path):
-    one = learner(tmp_path / "learner")
+def test_a_chunk_level_learner_beside_a_pi0_is_named(request_for, singles, learners):
+    one, _ = learners
     for checkpoints in ((singles["var1"], one), (one, singles["var1"])):
         with pytest.raises(ValueError, match=r"\(one is a chunk-level learner, the other is not\)"):
             mix.mix(common.get_config(), request_for(checkpoints=checkpoints))
@@ -66,9 +72,8 @@ def test_a_chunk_level_learner_beside_a_pi0_is_named(request_for, singles, tmp_p
 
 @pytest.mark.parametrize("validation", ["", VALIDATION])
 @pytest.mark.parametrize("method", [*requests.BY_LOSS, "average"])
-def test_chunk_level_learners_have_no_loss(method, validation, request_for, tmp_path):
-    checkpoints = tuple(learner(tmp_path / f"learner{k}", k) for k in range(2))
-    request = request_for(checkpoints=checkpoints, method=method, validation=validation)
+def test_chunk_level_learners_have_no_loss(method, validation, request_for, learners, tmp_path):
+    request = request_for(checkpoints=learners, method=method, validation=validation)
     if method in requests.BY_LOSS or validation:
         with pytest.raises(ValueError, match="learner0 is a chunk-level learner, which has no val"):
             mix.mix(common.get_config(), request)
@@ -77,14 +82,13 @@ def test_chunk_level_learners_have_no_loss(method, validation, request_for, tmp_
         assert mix.mix(common.get_config(), request)["coefficients"] == [0.5, 0.5]
 
 
-def test_a_method_that_the_config_names_needs_a_loss_too(request_for, tmp_path):
+def test_a_method_that_the_config_names_needs_a_loss_too(request_for, learners):
     config = common.get_config()
     config.mix.method = "greedy"
-    one = learner(tmp_path / "learner")
     with pytest.raises(ValueError, match="judge mixes by evaluate.py"):
-        mix.mix(config, request_for(checkpoints=(one, one)))
+        mix.mix(config, request_for(checkpoints=learners))
     with pytest.raises(ValueError, match="judge mixes by evaluate.py"):
-        mix.mix(common.get_config(), request_for(checkpoints=(one, one), landscape=True))
+        mix.mix(common.get_config(), request_for(checkpoints=learners, landscape=True))
 
 
 @pytest.mark.parametrize("method", ["average", "gradient_descent"])

@@ -41,7 +41,7 @@ def write_dataset(
 def debug_config(path: pathlib.Path, **options):
     """Four updates of networks of 16 units on chunks of 4 actions."""
     config = common.get_config()
-    config.data.update({"path": str(path), "held_out": 0.0, "tokenizer": "words"})
+    config.data.update({"path": str(path), "held_out": 0.0})
     config.offline_rl.update({"action_horizon": 4, "hidden_dim": 16, "feature_dim": 16})
     config.offline_rl.update({"num_layers": 2, "batch_size": 8, "num_steps": 4, "log_every": 1})
     config.offline_rl.update({"save_every": 2, "max_to_keep": 5, "max_token_len": 4})

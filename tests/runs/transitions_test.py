@@ -553,6 +553,8 @@ def test_data_that_changed_are_told_without_the_fields_of_imitation(plain, tmp_p
     found, other = opened(plain), write(tmp_path / "other", numbers=range(3))
     ((asset_id, stats),) = found.norm_stats.items()
     step = tmp_path / "run" / "4"
+    (step / "params").mkdir(parents=True)
+    (step / "params" / "_METADATA").write_text("{}")
     assets.write_norm_stats(step / "assets" / asset_id / assets.NORM_STATS, stats)
     assets.write_episodes(step / "assets" / asset_id / assets.EPISODES, found.trainings())
     config = configured(other)
