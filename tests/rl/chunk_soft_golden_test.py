@@ -199,14 +199,15 @@ def _in_order(network: str) -> list[str]:
 @pytest.mark.slow
 def test_three_steps_of_training_are_those_of_pytorch(exactly):
     golden, (config, found) = _golden(), _steps(True, True)
-    np.testing.assert_allclose(
-        [_losses(metrics) for _, metrics in found], golden["exact/loss"], rtol=1e-7
-    )
+    losses_found = np.array([_losses(metrics) for _, metrics in found])
+    np.testing.assert_allclose(losses_found[:, :2], golden["exact/loss"][:, :2], rtol=1e-7)
+    # There weights are divided by their mean + 1e-8, here by their mean.
+    np.testing.assert_allclose(losses_found[:, 2], golden["exact/loss"][:, 2], rtol=2e-6)
     found_norms, expected = _norms(found[0][0], "critic")
     np.testing.assert_allclose(found_norms, expected, rtol=1e-4)
     # Its float32 is as far from its float64: Adam's first steps are the signs of gradients, and
     # where these are rounding, so are the signs.
-    np.testing.assert_allclose([_losses(m) for _, m in found], golden["seq/losses"], rtol=1e-3)
+    np.testing.assert_allclose(losses_found, golden["seq/losses"], rtol=1e-3)
     params, batch = found[-1][0].params, _batch(np.float64)
     read = {n: networks.features(config, params, n, batch.observation) for n in LAYERS}
     mean, std = networks.gaussian(config, params, read["policy"])
