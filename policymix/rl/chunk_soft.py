@@ -1,11 +1,12 @@
 """Soft actor-critic learning over action chunks, offline: three networks, each after the other.
 
-    critic   Q_j(s, A) → y = rewards + discounts * V(s')
-    value    V(s) → mean over n chunks A_k of the policy of min_j Q_j(s, A_k) - T_H log π(A_k | s)
-    policy   A, weighted by w = exp((min_j Q_j(s, A) - V(s)) / T), clipped, over its batch's mean
+    critic   Q_j(s, A) → y = rewards + discounts * V̄(s')
+    value    V(s) → mean over n chunks A_k of the policy of min_j Q̄_j(s, A_k) - T_H log π(A_k | s)
+    policy   A, weighted by w = exp((min_j Q̄_j(s, A) - V(s)) / T), clipped, over its batch's mean
 
-T_H is config.entropy_temperature, T config.temperature; `discounts` holds γ^h. Each uses what the
-one before has just been updated to: Q, then V, then π.
+T_H is config.entropy_temperature, T config.temperature; `discounts` holds γ^h; Q̄ and V̄ are the
+target networks, or Q and V where ema_decay is 0. Each uses what the one before has just been
+updated to, its target too: Q, then V, then π.
 
 The program that these losses are from has T_H = 1, no target networks, one critic and no clip:
 LearnerConfig(algorithm="chunk_soft", entropy_temperature=1.0, max_weight=0, ema_decay=0,
@@ -19,8 +20,8 @@ one unit of log std moves V by 730, while returns are of the order of one. The p
 std where it has data and says nothing about the mean elsewhere; samples are chunks nobody played,
 Q of them is extrapolated, V believes it, and Q's target is V. Meanwhile exp((Q - V) / T) with
 advantages of hundreds is one chunk's alone (the effective batch falls to 1 of 32) and overflows
-float32 at 89. The defaults break it at each place: T_H = 1e-3, weights of at most 100, and the
-smaller of two slowly moving critics where samples and data are judged.
+float32 at 89. The defaults break it at each place: T_H = 1e-3, weights of at most 100, the smaller
+of two slowly moving critics where samples and data are judged, and a slowly moving V in Q's target.
 
 Sources: soft values: Haarnoja et al. 2018 (arXiv:1801.01290); weights: Peng et al. 2019
 (arXiv:1910.00177); the smaller of two: Fujimoto et al. 2018 (arXiv:1802.09477).

@@ -101,8 +101,8 @@ def q_and_v(
     """
     if "critic" not in params:
         raise ValueError(
-            f"offline_rl.algorithm {config.algorithm!r} has no critic to ask; chunk_iql, "
-            "chunk_soft, qc and qc_fql have one"
+            f"config.offline_rl.algorithm is {config.algorithm!r}, which has no critic to ask; "
+            "chunk_iql, chunk_soft, qc and qc_fql have one"
         )
     seen = networks.features(config, params, "critic", observation)
     q = jnp.min(networks.critic(config, params, seen, actions), axis=0)

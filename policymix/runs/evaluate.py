@@ -164,7 +164,7 @@ def _judge(
 
 def _describe(
     name: str,
-    policy: policies.Policy,
+    policy: policies.Policy | chunk_policies.ChunkPolicy,
     judge: judge_lib.Judge | None,
     results: Sequence[rollouts.Result],
 ) -> dict[str, Any]:

@@ -225,7 +225,8 @@ class Part:
                 raise ValueError(
                     f"{self._source.dataset.path}: normalised actions reach {largest.max():.3g} in "
                     f"dimension {largest.argmax()}, and {algorithm} clips what its flow makes to "
-                    "±1: set config.data.normalization=bounds"
+                    "±1: set config.data.normalization=bounds, with norm stats of these data and "
+                    "not those of config.offline_rl.init_from or config.data.norm_stats"
                 )
 
     def describe(self) -> list[str]:
