@@ -3,10 +3,11 @@
 testdata/rl/soft_tiny.npz holds, computed by PyTorch in float32 at small sizes: inputs (`in/`, its
 pictures are enlarged sixteenfold), outputs, losses, gradients and gradient norms at the initial
 parameters, and losses and outputs of three steps of training (`seq/`). `exact/` are those steps in
-float64, not by that program but by the same networks and losses built anew in PyTorch. The initial parameters are not stored: `_weights` makes them. To renew: build the three
-networks in PyTorch (encoder of two cameras and proprio, the language's seat zero, then the heads;
-its `Linear` and `Conv2d`, in the order of LAYERS, each weight before its bias), load `_weights`,
-make the steps in the order critic, value, policy with Adam at 3e-4, and save under these names.
+float64, not by that program but by the same networks and losses built anew in PyTorch. The initial
+parameters are not stored: `_weights` makes them. To renew: build the three networks in PyTorch
+(encoder of two cameras and proprio, the language's seat zero, then the heads; its `Linear` and
+`Conv2d`, in the order of LAYERS, each weight before its bias), load `_weights`, make the steps in
+the order critic, value, policy with Adam at 3e-4, and save under these names.
 """
 
 import dataclasses
