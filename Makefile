@@ -3,6 +3,9 @@ PYTHON ?= python3
 EXTRAS ?=
 SIM ?= metaworld
 comma := ,
+space := $() $()
+# What stands behind the config of the quickstart, as in configs/pi0_pusht.py:small,debug.
+WORDS = $(subst $(space),$(comma),$(strip $(if $(filter pusht,$(SIM)),small) $(if $(SMOKE),debug)))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -19,7 +22,7 @@ $(STAMP): setup.py pyproject.toml
 
 # SIM=pusht runs it on pictures; FRESH=1 starts over; SMOKE=1 takes a minute or two and learns nothing.
 quickstart: venv
-	$(BIN)/python experiments/quickstart.py --config=configs/pi0_$(SIM).py$(if $(SMOKE),:debug) \
+	$(BIN)/python experiments/quickstart.py --config=configs/pi0_$(SIM).py$(if $(WORDS),:$(WORDS)) \
 	  --output=outputs/quickstart/$(SIM)$(if $(SMOKE),-smoke) $(if $(FRESH),--fresh)
 
 test: venv

@@ -36,6 +36,7 @@ setuptools.setup(
         "google-crc32c>=1.5",
         "matplotlib>=3.9",
         "pillow>=10",
+        "tensorboardX>=2.6.4",
         "tqdm>=4.66",
         "sentencepiece>=0.2",
     ],
@@ -49,6 +50,8 @@ setuptools.setup(
             "packaging",
             "gym-pusht==0.1.8",
             "pymunk==6.11.1",
+            "gym-aloha==0.1.5",
+            "dm-control==1.0.28",  # gym-aloha's; the one of this mujoco
         ],
         "rlds": [  # to build datasets, and to compare with
             "tensorflow-cpu>=2.20",
@@ -56,6 +59,7 @@ setuptools.setup(
             "importlib_resources",  # which it forgets
         ],
         "hub": ["requests>=2.32", "google-auth>=2", "huggingface_hub>=1,<3"],
+        "wandb": ["wandb>=0.18"],
         "torch": ["torch>=2.4"],  # open-pi-zero's .pt
         "notebooks": ["jupyterlab", "nbconvert", "ipykernel"],
         "dev": [

@@ -67,21 +67,44 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "init_from": "",  # a checkpoint to start from; "": fresh parameters
                 "init_missing": (),  # regexes of parameters that init_from may lack
                 "freeze": (),  # regexes of parameters that stay as they are
+                # How those are kept: float32, bfloat16, or nf4: matrices of layers in 4 bits, the
+                # rest in bfloat16 (QLoRA).
+                "frozen_dtype": "float32",
                 "seed": 42,
                 "batch_size": 32,
+                "accumulate": 1,  # parts of a batch that are gone through one after another
                 "num_steps": 30_000,
+                # adamw, adam (without decay), adamw_8bit, adam_8bit (states in 8 bits, block-wise)
+                "optimizer": "adamw",
                 "learning_rate": 2.5e-5,  # the peak
                 "final_learning_rate": 2.5e-6,
+                "learning_rates": (),  # "PATH REGEX=FACTOR" on it; the first match wins
                 "warmup_steps": 1000,
                 "decay_steps": 30_000,
+                "b1": 0.9,
+                "b2": 0.95,
                 "weight_decay": 1e-10,
-                "clip_norm": 1.0,
+                "pull": 0.0,  # to the initial parameters θ_0: gradients gain pull * (θ - θ_0)
+                "clip_norm": 1.0,  # of all gradients together; 0: no clip
                 "ema_decay": 0.99,  # 0: no average; the params item then holds the raw parameters
+                # Of the loss: leave out actions beyond an episode's end; dimensions that the robot
+                # lacks. OpenPI counts both.
+                "mask_padded_steps": False,
+                "mask_padded_dims": False,
                 "fsdp_devices": 1,  # devices over which each parameter is split
+                # "PATH REGEX=AXIS" that is split over them, or "PATH REGEX=none"; what no rule
+                # matches is split as OpenPI does.
+                "shard": (),
+                "offload": False,  # the optimizer's states to the host's memory, between steps
                 "log_every": 100,
                 "save_every": 1000,
                 "keep_period": 5000,  # checkpoints at its multiples are kept for good
                 "max_to_keep": 1,  # of the others
+                "eval_every": 1000,  # loss and accuracies on held-out episodes; 0: never
+                "eval_batches": 4,
+                "rollout_every": 0,  # roll-outs of `evaluate`; 0: never
+                "tensorboard": True,  # event files beside metrics.jsonl
+                "wandb": "",  # a Weights & Biases project, which needs the extra `wandb`
             },
             "mix": {
                 # "": manual with --coefficients, interpolate with --base, else average.
@@ -245,17 +268,38 @@ def open_pi_zero_config(*, proprio_dim: int) -> ml_collections.ConfigDict:
     config.data.cameras = {"base_0_rgb": ""}
     config.data.update({"normalization": "bounds", "skip_unlabeled": True})
     config.train.init_from = "hf://google/paligemma-3b-pt-224"
+    config.train.update({"freeze": ("PaliGemma/llm/embedder/.*",), "optimizer": "adamw_8bit"})
+    config.train.update({"b2": 0.999, "frozen_dtype": "bfloat16"})
     config.train.update({"batch_size": 1024, "learning_rate": 5e-5, "final_learning_rate": 5e-5})
     config.train.update({"warmup_steps": 200, "weight_decay": 0.0})
     config.evaluate.replan_steps = 4
     return config
 
 
+def words(arg: str, *allowed: str) -> set[str]:
+    """The words of what follows the colon of --config=FILE:WORD,WORD; `debug` is always one that
+    may stand there. ValueError for any that is not `allowed`.
+    """
+    given = set(filter(None, arg.split(",")))
+    known = (*allowed, "debug")
+    if unknown := sorted(given - set(known)):
+        choices = ", ".join(f"':{word}'" for word in known)
+        raise ValueError(f"config argument {unknown[0]!r}: expected nothing or {choices}")
+    return given
+
+
 def parse_arg(arg: str) -> bool:
     """True for "debug", False for "". ValueError for anything else."""
-    if arg not in ("", "debug"):
-        raise ValueError(f"config argument {arg!r}: expected nothing or ':debug'")
-    return arg == "debug"
+    return "debug" in words(arg)
+
+
+def lora(config: ml_collections.ConfigDict) -> None:
+    """Turns a policy's config into OpenPI's low-memory version: low-rank updates of both experts,
+    all else of the language model kept in bfloat16, no average.
+    """
+    config.model.paligemma_variant += "_lora"
+    config.model.action_expert_variant += "_lora"
+    config.train.update({"frozen_dtype": "bfloat16", "ema_decay": 0.0})
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
@@ -276,9 +320,10 @@ def shrink(config: ml_collections.ConfigDict) -> None:
         }
     )
     config.train.update({"batch_size": 4, "num_steps": 4, "warmup_steps": 2, "decay_steps": 4})
-    config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
+    config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2, "eval_every": 0})
     config.mix.num_iterations = 20
     config.data.update({"asset_id": "", "path": str(PUSHT), "robot": "", "mixture": ""})
+    config.data.repo_id = ""
     config.data.cameras = dict.fromkeys(config.model.image_keys, "absent")
     config.data.update({"state_key": "", "action_key": "", "delta_actions": (), "fps": 0})
     config.data.adapt = None

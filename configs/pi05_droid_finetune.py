@@ -1,5 +1,10 @@
 r"""π0.5-DROID fine-tuned on a DROID robot of one's own, as OpenPI's config of the same name.
 
+Train: 20,000 steps of 32 on one GPU of 80 GB (OpenPI asks for 70 GB), on a dataset as OpenPI's
+conversion to LeRobot writes it. No hours and no success rate are known.
+  python experiments/train.py --config=configs/pi05_droid_finetune.py --workdir=runs/droid \
+    --config.data.path=datasets/my_droid
+
 Merge the fine-tune with the base that it began at (`config.train.init_from`) at several ratios;
 streamed, so no accelerator is needed. Ratio 0 is the fine-tune, 1 the base:
   python experiments/mix.py --config=configs/pi05_droid_finetune.py --merge_ratio=0.3,0.5,0.7 \

@@ -1,6 +1,13 @@
 r"""open-pi-zero's policy of a WidowX arm, trained on BridgeData V2: one camera, chunks of 4
 actions.
 
+Train, from PaliGemma, with 8-bit AdamW and frozen text embeddings, on BridgeData V2 in RLDS (the
+folder that holds `bridge_dataset/`); `accumulate` divides the 1,024 examples of a step into parts
+that fit. That program's authors tell 1.5 to 2 days on 8 L40, 8 to 12 hours on 8 H100, at most 40 GB
+a GPU with 16 examples; not measured here.
+  python experiments/train.py --config=configs/pi0_bridge.py --workdir=runs/bridge \
+    --config.data.path=resize_224 --config.data.mixture=bridge --config.train.accumulate=8
+
 Random pictures through a published checkpoint, which needs `make venv EXTRAS=torch,hub` (or a copy
 in Orbax, which needs nothing):
   python experiments/sample_actions.py --config=configs/pi0_bridge.py \
@@ -23,6 +30,7 @@ from configs import common
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = common.open_pi_zero_config(proprio_dim=7)
     config.data.robot = "bridge"
+    config.train.update({"num_steps": 19_296, "decay_steps": 19_296})
     if common.parse_arg(arg):
         common.shrink(config)
     return config

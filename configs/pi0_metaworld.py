@@ -1,11 +1,17 @@
 r"""A small π0 on Meta-World's states, no cameras: what `make quickstart` trains. Runs on a laptop.
 
-  python experiments/collect_demos.py --env=metaworld/reach-v3,door-open-v3 --num_episodes=40 \
+Ten tasks, 40 demonstrations of each, 2000 steps of 64, and as a measure the replay of the nearest
+demonstration, on the same starts:
+  python experiments/collect_demos.py --config=configs/pi0_metaworld.py --num_episodes=40 \
     --output=demos
   python experiments/train.py --config=configs/pi0_metaworld.py --config.data.path=demos \
     --workdir=runs/mine
-  python experiments/evaluate.py --config=configs/pi0_metaworld.py --checkpoints=runs/mine/2000 \
-    --env=metaworld/reach-v3,door-open-v3 --output=evaluations/mine
+  python experiments/evaluate.py --config=configs/pi0_metaworld.py --output=evaluations/mine \
+    --checkpoints=runs/mine/2000,nearest:demos --config.evaluate.num_episodes=20
+
+Measured on an AMD EPYC: 16 s, 86 s and 33 s of one core. Of 200 episodes the policy solves 98.5 %,
+95 % interval [96, 99], and the nearest demonstration 90.5 % [86, 94]. The weakest task is reach:
+17 of 20 against 8. Other tasks: `--env=metaworld/reach-v3,door-open-v3`.
 
 Model: 0.6 M parameters, 39 numbers of state, chunks of 8 actions of 4 numbers, a token per word of
 the prompt. `:debug` takes four steps of a network half as deep.

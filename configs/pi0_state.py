@@ -46,4 +46,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.data.path = str(common.PUSHT)
         config.train.update({"batch_size": 4, "num_steps": 4, "warmup_steps": 2, "decay_steps": 4})
         config.train.update({"log_every": 1, "save_every": 2, "keep_period": 2})
+        config.train.eval_every = 0
     return config

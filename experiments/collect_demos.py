@@ -6,6 +6,7 @@ the actions that were executed, and what the simulator said of each.
 python experiments/collect_demos.py --env=metaworld/push-v3 --num_episodes=40 --output=demos/push
 python experiments/collect_demos.py --env=metaworld/plate-slide-v3@0:0.2 --output=demos/narrow
 python experiments/collect_demos.py --env=pusht/PushT-v0 --output=demos/pusht
+python experiments/collect_demos.py --env=aloha_fast/AlohaTransferCube-v0 --output=demos/transfer
 python experiments/collect_demos.py --env=metaworld/push-v3 --num_episodes=200 --output=attempts \
   --skills=expert,slow,biased,noisy,wandering
 """
@@ -26,7 +27,9 @@ _NUM_EPISODES = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the first episode's start; the next ones count on.")
 _MAX_STEPS = flags.DEFINE_integer(
-    "max_steps", 0, "After how many an attempt has failed; 0: 150 in Meta-World, 300 in PushT."
+    "max_steps",
+    0,
+    "After how many an attempt has failed; 0: 150 in Meta-World, 300 in PushT, 400 in ALOHA.",
 )
 _NOISE = flags.DEFINE_float("noise", 0.0, "On executed actions, in halves of the action's range.")
 _SKILLS = flags.DEFINE_list(

@@ -2,6 +2,11 @@ r"""Rolls out any number of checkpoints on the same starts: a success table with
 
   python experiments/evaluate.py --config=configs/pi0_metaworld.py --checkpoints=a,b,mixed \
     --env=metaworld/push-v3 --output=evaluations/push
+
+nearest:DATASET, in place of a checkpoint, replays of each start the nearest demonstration: what a
+policy beats that has learned more than its demonstrations.
+  python experiments/evaluate.py --config=configs/pi0_metaworld.py --output=evaluations/reach \
+    --checkpoints=runs/mine/2000,nearest:demos --env=metaworld/reach-v3
 """
 
 import pathlib
@@ -12,7 +17,9 @@ from policymix import app
 
 _CONFIG = app.define_config(__file__)
 _CHECKPOINTS = flags.DEFINE_list(
-    "checkpoints", [], "Step or params directories, outputs of a mix, or patterns: 'runs/*/5000'."
+    "checkpoints",
+    [],
+    "Step or params directories, outputs of a mix, or patterns: 'runs/*/5000'; or nearest:DATASET.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write.", required=True)
 _ENV = flags.DEFINE_string(

@@ -1,6 +1,9 @@
 """How much a count of successes says: intervals, and whether two policies differ."""
 
 import math
+from collections.abc import Sequence
+
+from scipy import special
 
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -21,6 +24,26 @@ def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     return max(0.0, low if successes else 0.0), min(1.0, high if successes < trials else 1.0)
+
+
+def mean(values: Sequence[float], bounds: tuple[float, float]) -> tuple[float, float]:
+    """Student's 95 % interval of a mean, inside the bounds of the values.
+
+    x̄ ± t s / √n, s² the unbiased variance and t the 97.5 % quantile of n - 1 degrees of freedom
+    (Student 1908, Biometrika 6:1). All of the bounds where n is 1: one value says nothing.
+
+    Raises:
+      ValueError: no values.
+    """
+    n = len(values)
+    if not n:
+        raise ValueError("no values: the mean of none has no interval")
+    middle = math.fsum(values) / n
+    if n == 1:
+        return bounds
+    variance = math.fsum((x - middle) ** 2 for x in values) / (n - 1)
+    half = float(special.stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
+    return max(bounds[0], middle - half), min(bounds[1], middle + half)
 
 
 def separate(a: tuple[float, float], b: tuple[float, float]) -> bool:

@@ -49,6 +49,7 @@ class Batch:
 
     observation: Observation
     actions: Float[Array, "b h a"]  # normalised, zero-padded to the model's action dimension
+    action_mask: Bool[Array, "b h a"] | None = None  # True: counts in the loss; None: all do
 
 
 @flax.struct.dataclass

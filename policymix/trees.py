@@ -204,8 +204,9 @@ def dot_leaf(a: Any, b: Any) -> jax.Array:
 
 
 def num_params(tree: PyTree) -> int:
-    """Number of elements in all leaves."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    """Number of elements in all leaves; whatever has a shape is one, such as `nf4.Nf4`."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves)
 
 
 def nbytes(tree: PyTree) -> int:

@@ -65,10 +65,14 @@ def at_debug(words: list[str]) -> tuple[str, list[str]]:
     """["python", "experiments/NAME.py", "--flag"…] → (NAME.py, its arguments at :debug)."""
     python, main, *arguments = words
     assert (python, pathlib.Path(main).parent.name) == ("python", "experiments"), words
-    return pathlib.Path(main).name, [
-        f"--config={ROOT / a.removeprefix('--config=')}:debug" if a.startswith("--config=") else a
-        for a in arguments
-    ]
+    return pathlib.Path(main).name, [_config_at_debug(argument) for argument in arguments]
+
+
+def _config_at_debug(argument: str) -> str:
+    if not argument.startswith("--config="):
+        return argument
+    path, _, words = argument.removeprefix("--config=").partition(":")
+    return f"--config={ROOT / path}:{words + ',' if words else ''}debug"
 
 
 def run(words: list[str], *more: str) -> None:
@@ -91,7 +95,7 @@ def run(words: list[str], *more: str) -> None:
 
 def flags_of_mains() -> set[str]:
     """The names of the flags of all mains, and of those they share."""
-    files = [*(ROOT / "experiments").glob("*.py"), ROOT / "policymix/app.py"]
+    files = [*(ROOT / "experiments").rglob("*.py"), ROOT / "policymix/app.py"]
     text = "".join(path.read_text() for path in files)
     found = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", text)
     return {*found, "config"}

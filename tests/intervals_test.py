@@ -104,3 +104,15 @@ def test_mcnemar_ignores_starts_on_which_both_do_the_same(pairs, more):
 def test_mcnemar_refuses_lists_of_different_lengths():
     with pytest.raises(ValueError, match="zip"):
         intervals.mcnemar([True], [True, False])
+
+
+def test_the_interval_of_a_mean_is_students():
+    # Sleep gained with drug 2 in Student 1908, of ten patients: mean 2.33, deviation 2.002 (n - 1).
+    gained = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    low, high = intervals.mean(gained, (-10.0, 10.0))
+    assert (low, high) == pytest.approx((0.8977, 3.7623), abs=1e-4)
+    assert intervals.mean(gained, (0.9, 2.0)) == (0.9, 2.0)
+    assert intervals.mean([0.3], (0.0, 1.0)) == (0.0, 1.0)
+    assert intervals.mean([0.5] * 4, (0.0, 1.0)) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="no values"):
+        intervals.mean([], (0.0, 1.0))

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from policymix import trees
+from policymix import distributed, trees
 from policymix.checkpoints import assets, items, layout
 from policymix.structs import Params
 from policymix.transforms.normalize import Stats
@@ -47,7 +47,7 @@ class Assets:
 
 
 class _AssetsHandler(ocp.AsyncCheckpointHandler):
-    """Writes norm_stats.json and episodes.json into the step's `assets`."""
+    """Writes norm_stats.json and episodes.json into the step's `assets`, in the first process."""
 
     async def async_save(self, directory, args: "_SaveAssets"):
         # The step's directory is itself made in the background; this future waits for it.
@@ -55,6 +55,8 @@ class _AssetsHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(coroutine, name="assets")]
 
     def save(self, directory, args: "_SaveAssets"):
+        if not distributed.is_first():
+            return
         for asset_id, stats in args.value.norm_stats.items():
             assets.write_norm_stats(pathlib.Path(directory) / asset_id / assets.NORM_STATS, stats)
         first = next(iter(args.value.norm_stats))
@@ -168,8 +170,10 @@ class Series:
 
     def close(self) -> None:
         """Waits and lets go."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def _restore_args(like: Any, shardings: Any) -> ocp.args.PyTreeRestore:

@@ -5,6 +5,7 @@ so that a run that resumes, or another host, needs no iterator's state.
 """
 
 import collections
+import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,14 +55,16 @@ def ahead(
 
 
 def _deaf(*_) -> None:
-    """Ctrl-C is for the process that waits for this one, and says so itself."""
+    """Ctrl-C and SIGTERM are for the process that waits for this one, and ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _told(made: Iterator[_T]) -> Iterator[_T]:
     """Says in our words that a process died."""
     try:
-        yield from made
+        with _closing(made):
+            yield from made
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
@@ -76,11 +79,22 @@ def placed(batches: Iterable[_T], place: Callable[[_T], _T], *, buffered: int = 
     are asked for.
     """
     waiting: collections.deque[_T] = collections.deque()
-    for batch in batches:
-        waiting.append(place(batch))
-        if len(waiting) > buffered:
-            yield waiting.popleft()
-    yield from waiting
+    with _closing(batches):
+        for batch in batches:
+            waiting.append(place(batch))
+            if len(waiting) > buffered:
+                yield waiting.popleft()
+        yield from waiting
+
+
+@contextlib.contextmanager
+def _closing(made: Any) -> Iterator[None]:
+    """Ends the threads and processes of `ahead` with the block, also where it is left early."""
+    try:
+        yield
+    finally:
+        if hasattr(made, "close"):
+            made.close()
 
 
 def batch_indices(num_items: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -261,6 +275,10 @@ class ActionChunks:
         [N, a]}.
         """
         return {"state": self._states[self._frames], "actions": self._actions[self._frames]}
+
+    def episodes(self, positions: np.ndarray) -> list[int]:
+        """The episodes that the frames at `positions` int [b] are of, sorted."""
+        return np.unique(self._episodes[positions]).tolist()
 
     def lengths(self) -> list[int]:
         """How many chunks begin in each of the chosen episodes, in order."""

@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from policymix import nf4
 from policymix.models import lora as lora_lib
 from policymix.models.attention import Attention
 from policymix.models.lora import Lora
@@ -270,6 +271,8 @@ class Gemma(nn.Module):
         def layer(asking, xs, number):
             params, cache, modulations = jax.tree.map(lambda leaf: leaf[number], stacked)
             block = Block(*attributes, asking, parent=None)
+            # Here, so that one layer at a time is wide, and none is kept for the backward pass.
+            params = nf4.dequantized(params)
             return block.apply({"params": params}, xs, cache, modulations, *shared)
 
         inner = functools.partial(layer, there)

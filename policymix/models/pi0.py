@@ -181,7 +181,13 @@ def flow_loss(
 def loss(
     config: Pi0Config, params: Params, batch: structs.Batch, key: jax.Array
 ) -> tuple[jax.Array, structs.Metrics]:
-    """Mean flow-matching loss of a batch; `key` gives the noise and times that OpenPI draws."""
+    """Mean flow-matching loss of a batch; `key` gives the noise and times that OpenPI draws.
+
+    Of a batch with an action mask, the mean over what that lets through, of all examples together.
+    """
+    if batch.action_mask is not None:
+        value = jnp.mean(jnp.square(residual(config, params, batch, key)))
+        return value, {"loss": value}
     noise, t = _noise_and_times(config, batch, key)
     value = jnp.mean(flow_loss(config, params, batch.observation, batch.actions, noise=noise, t=t))
     return value, {"loss": value}
@@ -190,10 +196,18 @@ def loss(
 def residual(
     config: Pi0Config, params: Params, batch: structs.Batch, key: jax.Array
 ) -> Float[Array, "b h a"]:
-    """v(x_t, t) - u_t, whose mean square is `loss` with the same key."""
+    """v(x_t, t) - u_t, whose mean square is `loss` with the same key.
+
+    With an action mask, what that leaves out is 0 and the rest times √(all / let through).
+    """
     noise, t = _noise_and_times(config, batch, key)
     x_t, u_t = flow.path(batch.actions, noise, t, config.sigma_min)
-    return velocity(config, params, batch.observation, x_t, t) - u_t
+    difference = velocity(config, params, batch.observation, x_t, t) - u_t
+    mask = batch.action_mask
+    if mask is None:
+        return difference
+    counted = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+    return jnp.where(mask, difference * jnp.sqrt(mask.size / counted), 0.0)
 
 
 def _noise_and_times(

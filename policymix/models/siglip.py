@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from policymix import nf4
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -120,9 +122,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        block = nn.remat(
-            EncoderBlock, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable
-        )
+        block = EncoderBlock
+        if not self.is_initializing():  # then parameters may be given in 4 bits, each layer's
+            block = nn.map_variables(block, "params", nf4.dequantized)
+        block = nn.remat(block, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -54,7 +54,29 @@ def verdict(report: Mapping[str, Any]) -> str:
         f"{rates.rate(second)}: {rates.overlap(first, second)}. The exact McNemar test of the two, "
         f"on the same starts, gives {test}."
     )
-    return told if len(ranked) == 2 else f"{told} {_verdict_on_the_others(first, ranked[1:])}"
+    if len(ranked) > 2:
+        told += f" {_verdict_on_the_others(first, ranked[1:])}"
+    return f"{told} {_on_scores(report['policies'])}" if _shows_scores(report) else told
+
+
+def _shows_scores(report: Mapping[str, Any]) -> bool:
+    """Whether scores are shown beside successes: where they say more, and of PushT always, whose
+    policies are compared by the coverage that they reach.
+    """
+    return report["simulator"]["name"] == "pusht" or rates.scores_tell(report["policies"])
+
+
+def _on_scores(policies: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on the two best mean scores, of which the first is not zero."""
+    a, b = sorted(policies, key=lambda p: p["mean_score"], reverse=True)[:2]
+    # On the starts where the two differ, McNemar's coin is the sign test.
+    pairs = list(zip(a["scores"], b["scores"], strict=True))
+    test = rates.p_text(intervals.mcnemar([x > y for x, y in pairs], [y > x for x, y in pairs]))
+    return (
+        f"“{a['name']}” has the highest mean score, {rates.score(a)}, before “{b['name']}” with "
+        f"{rates.score(b)}: {rates.scores_overlap(a, b)}; the sign test of the two, on the same "
+        f"starts, gives {test}."
+    )
 
 
 def _verdict_on_the_others(first: Mapping, others: Sequence[Mapping]) -> str:
@@ -70,18 +92,9 @@ def _verdict_by_score(report: Mapping[str, Any]) -> str:
     """The same where nothing succeeded: by the best score of each episode, start by start."""
     policies = report["policies"]
     told = f"No policy succeeded in any of {policies[0]['episodes']} episodes, so success does not "
-    ranked = sorted(policies, key=lambda p: p["mean_score"], reverse=True)
-    a, b = ranked[:2]
-    if not a["mean_score"]:
+    if not any(policy["mean_score"] for policy in policies):
         return told + "tell them apart; neither do the scores, which are all zero."
-    # On the starts where the two differ, McNemar's coin is the sign test.
-    pairs = list(zip(a["scores"], b["scores"], strict=True))
-    test = rates.p_text(intervals.mcnemar([x > y for x, y in pairs], [y > x for x, y in pairs]))
-    return (
-        f"{told}tell them apart. “{a['name']}” has the highest mean score, {a['mean_score']:.3f}, "
-        f"before “{b['name']}” with {b['mean_score']:.3f}; the sign test of the two, on the same "
-        f"starts, gives {test}."
-    )
+    return f"{told}tell them apart. {_on_scores(policies)}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -91,7 +104,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _overall(report: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     policies = report["policies"]
-    scores = rates.scores_tell(policies)
+    scores = _shows_scores(report)
     rows = []
     for policy in policies:
         loss, (low, high) = policy["loss"] or {}, policy["interval"]
@@ -103,7 +116,7 @@ def _overall(report: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
                 rates.short(rates.percent(policy)),
                 f"[{100 * low:.0f}, {100 * high:.0f}]",
                 str(policy["episodes"]),
-                f"{policy['mean_score']:.3f}" if scores else "",
+                rates.score(policy) if scores else "",
             ]
         )
     header = ["", "selection loss", "held-out loss", "success %", "95 % interval", "n"]
@@ -145,10 +158,10 @@ def _figure(report: Mapping[str, Any]) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(9 + wide, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
     if not several:
-        _draw_rates(figure.subplots(), policies)
+        _draw_rates(figure.subplots(), policies, _shows_scores(report))
     else:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=[6.5, wide])
-        _draw_rates(left, policies)
+        _draw_rates(left, policies, _shows_scores(report))
         _draw_tasks(right, policies, tasks)
     simulator, n = report["simulator"]["name"], policies[0]["episodes"]
     told = rates.shown(tasks[0], 60) if not several else f"{len(tasks)} tasks"
@@ -156,7 +169,7 @@ def _figure(report: Mapping[str, Any]) -> matplotlib.figure.Figure:
     return figure
 
 
-def _draw_rates(axis, policies: Sequence[Mapping[str, Any]]) -> None:
+def _draw_rates(axis, policies: Sequence[Mapping[str, Any]], scores: bool) -> None:
     places = np.arange(len(policies))
     percents = np.array([rates.percent(p) for p in policies])
     low, high = 100 * np.array([p["interval"] for p in policies]).T
@@ -169,12 +182,11 @@ def _draw_rates(axis, policies: Sequence[Mapping[str, Any]]) -> None:
     axis.errorbar(
         percents, places, xerr=whiskers, fmt="o", color=_DOT, capsize=4, linewidth=1.6, markersize=7
     )
-    scores = rates.scores_tell(policies)
     for place, policy in zip(places, policies, strict=True):
         told = (
             f"{rates.short(rates.percent(policy))} %  ({policy['successes']}/{policy['episodes']})"
         )
-        told += f"\nmean score {policy['mean_score']:.3f}" if scores else ""
+        told += f"\nmean score {rates.score(policy)}" if scores else ""
         axis.text(103, place, told, va="center", fontsize=9)
     axis.set_xlim(-2, 128)
     axis.set_xticks(range(0, 101, 20))
@@ -245,7 +257,8 @@ def _measured(report: Mapping[str, Any]) -> list[str]:
         facts["losses on"] = str(report["validation"]["path"])
     told = (
         "Every policy met the same starts with the same noise in its actions. Intervals are "
-        "Wilson's, at 95 %; they cover the choice of starts, not that of the training seed."
+        "Wilson's, those of mean scores Student's, at 95 %; they cover the choice of starts, not "
+        "that of the training seed."
     )
     return [pages.paragraph(told), pages.table([[*pair] for pair in facts.items()], ["", ""])]
 

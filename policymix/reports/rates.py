@@ -32,6 +32,24 @@ def rate(counts: Mapping[str, Any]) -> str:
     return cell(counts).replace(" ", " % ", 1)
 
 
+def score(counts: Mapping[str, Any]) -> str:
+    """The mean best score, with its 95 % interval where that is known: 0.412 [0.35, 0.47]."""
+    told = f"{counts['mean_score']:.3f}"
+    if not counts.get("score_interval"):
+        return told
+    low, high = counts["score_interval"]
+    return f"{told} [{low:.2f}, {high:.2f}]"
+
+
+def scores_overlap(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """Whether the intervals of two mean scores have a point in common, in words."""
+    known = [c["score_interval"] for c in (a, b) if c.get("score_interval")]
+    if len(known) < 2:
+        return "without intervals"
+    apart = intervals.separate(*map(tuple, known))
+    return "the intervals are separate" if apart else "the intervals overlap"
+
+
 def points(gap: float) -> str:
     """A difference of two percentages, without its sign."""
     text = short(abs(gap))

@@ -23,10 +23,12 @@ from policymix.runs import (
     measurements,
     mixing_rows,
     model_rows,
+    optimizer_rows,
     policies,
     rl_rows,
     rollouts,
     soft_rows,
+    training_rows,
 )
 from policymix.runs.measurements import Row, here, interleaved
 from policymix.sim import envs, workers
@@ -37,6 +39,7 @@ from policymix.transforms import normalize
 
 _STEPS, _EPISODES, _EPISODE_STEPS = 50, 100, 64
 _MODELS = mixing_rows.MODELS | model_rows.MODELS | data_rows.SIZES | rl_rows.SIZES | soft_rows.SIZES
+_MODELS |= optimizer_rows.SIZES
 
 
 def run(
@@ -50,7 +53,7 @@ def run(
     Args:
       config: the model of `gradient` and `sampling`; small: the policy of `training` and
         `rollouts`, whole; models: those of checkpoints on disk, by dtype, and of `model_rows`; the
-        sizes of `data_rows`, `rl_rows` and `soft_rows`.
+        sizes of `data_rows`, `rl_rows`, `soft_rows` and `optimizer_rows`.
     """
     chosen = rows or list(ROWS)
     if unknown := [row for row in chosen if row not in ROWS]:
@@ -172,7 +175,7 @@ def _row_training(config: ml_collections.ConfigDict) -> list[Row]:
     )
 
     def steps(model):
-        optimizer = optimizers.adamw()
+        optimizer = optimizers.make(optimizers.Settings())
         state = training.init(pi0.init(model, jax.random.key(0)), optimizer, ema=False)
         loss_fn = functools.partial(pi0.loss, model)
         step = jax.jit(
@@ -231,6 +234,10 @@ ROWS = {  # name: how it is measured, and what it is given
     "all_cameras": (model_rows.all_cameras_row, "sampled"),
     "samples": (model_rows.samples_row, "sampled"),  # 8 of one observation
     "step": (model_rows.step_row, "trained"),  # at batch 1
+    "loop_of_training": (training_rows.loop_row, "policy"),  # 40 steps at batch 64, 96-px pictures
+    "feeding": (training_rows.feeding_row, "policy"),  # the same, pictures decoded on the way
+    "saving": (training_rows.saving_row, "policy"),  # a checkpoint every ten steps
+    "adam_8bit": (optimizer_rows.adam_8bit_row, "optimizer"),  # 31 M parameters
     "items": (data_rows.items_row, "data"),  # chunks of 50, no pictures
     "pictures": (data_rows.picture_row, "data"),  # a 96-px PNG each
     "videos": (data_rows.video_row, "data"),  # AV1, in random order and in runs

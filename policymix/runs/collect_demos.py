@@ -36,7 +36,8 @@ def collect(
 
     Args:
       env: SIMULATOR/TASK,TASK, each task as `envs.parse` reads it.
-      max_steps: after how many an episode has failed; 0: 150 in Meta-World, 300 in PushT.
+      max_steps: after how many an episode has failed; 0: 150 in Meta-World, 300 in PushT,
+        400 in ALOHA.
       noise: on the executed actions, see `experts.demonstrate`.
       skills: some of `experts.SKILLS`; see `experts.attempt`. Seeds take turns: seed s is played
         with skill s modulo their number.

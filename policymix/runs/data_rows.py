@@ -23,7 +23,7 @@ from policymix.data import examples, lerobot, loader, tfrecord, writer
 from policymix.runs.measurements import Row, apart, here, interleaved
 from policymix.transforms import images
 
-_DIM, _HORIZON, _FPS = 14, 50, 30
+DIM, _HORIZON, _FPS = 14, 50, 30
 _THREADS = 2
 
 
@@ -51,7 +51,7 @@ SIZES = {"data": Sizes()}
 
 def items_row(sizes: Sizes) -> list[Row]:
     """States and chunks of 50 actions, without pictures, beside copying as many numbers."""
-    with _Temporary() as folder:
+    with Temporary() as folder:
         path = _numbers(folder / "numbers", sizes.numbers, length=1000)
         chunks = loader.ActionChunks(lerobot.open_dataset(path), _HORIZON)
         order = np.random.default_rng(0).permutation(len(chunks)).reshape(-1, 250)
@@ -72,8 +72,8 @@ def items_row(sizes: Sizes) -> list[Row]:
 
 def picture_row(sizes: Sizes) -> list[Row]:
     """The same with a 96-pixel PNG each, beside decoding alone."""
-    with _Temporary() as folder:
-        dataset = lerobot.open_dataset(_pictured(folder / "pictures", sizes, (96, 96), "image"))
+    with Temporary() as folder:
+        dataset = lerobot.open_dataset(pictured(folder / "pictures", sizes, (96, 96), "image"))
         chunks, frames = loader.ActionChunks(dataset, _HORIZON), dataset.frames("camera")
         order = _order(sizes, len(chunks))
         encoded = _stored(dataset)
@@ -102,8 +102,8 @@ def video_row(sizes: Sizes) -> list[Row]:
 
 
 def _video_rows(name: str, shape: tuple[int, int], sizes: Sizes) -> Iterator[Row]:
-    with _Temporary() as folder:
-        dataset = lerobot.open_dataset(_pictured(folder / "video", sizes, shape, "video"))
+    with Temporary() as folder:
+        dataset = lerobot.open_dataset(pictured(folder / "video", sizes, shape, "video"))
         frames, path = dataset.frames("camera"), dataset.clip("camera", 0)[0]
         order = np.random.default_rng(0).permutation(frames.num_frames)[: sizes.pictures // 2]
         runs = np.arange(frames.num_frames // 32 * 32).reshape(-1, 32)
@@ -123,8 +123,8 @@ def _video_rows(name: str, shape: tuple[int, int], sizes: Sizes) -> Iterator[Row
 
 def batches_row(sizes: Sizes) -> list[Row]:
     """Batches of 32 × (a picture at 224, a chunk) by two threads, beside decoding and resizing."""
-    with _Temporary() as folder:
-        dataset = lerobot.open_dataset(_pictured(folder / "pictures", sizes, (256, 256), "image"))
+    with Temporary() as folder:
+        dataset = lerobot.open_dataset(pictured(folder / "pictures", sizes, (256, 256), "image"))
         chunks, frames = loader.ActionChunks(dataset, _HORIZON), dataset.frames("camera")
         encoded = _stored(dataset)
 
@@ -156,7 +156,7 @@ def rlds_row(sizes: Sizes) -> list[Row]:
     """Episodes of JPEG at 224 pixels out of TFRecord, beside the decoder alone; in processes of
     their own, whose memory is then theirs.
     """
-    with _Temporary() as folder:
+    with Temporary() as folder:
         path = _rlds(folder / "made" / "1.0.0", sizes)
         sides = (
             apart("policymix.runs.rlds_sides:read", str(path)),
@@ -168,7 +168,7 @@ def rlds_row(sizes: Sizes) -> list[Row]:
 
 def open_row(sizes: Sizes) -> list[Row]:
     """Opening a dataset of a million frames, beside reading its tables; what is then held."""
-    with _Temporary() as folder:
+    with Temporary() as folder:
         path = _numbers(folder / "large", sizes.large, length=200)
 
         def floor():
@@ -223,7 +223,7 @@ def _decode_all(path: pathlib.Path, count: int) -> None:
             frame.to_ndarray(format="rgb24")
 
 
-class _Temporary(tempfile.TemporaryDirectory):
+class Temporary(tempfile.TemporaryDirectory):
     """A temporary directory as a path."""
 
     def __enter__(self) -> pathlib.Path:
@@ -231,7 +231,7 @@ class _Temporary(tempfile.TemporaryDirectory):
 
 
 def _vectors() -> dict[str, dict]:
-    entry = {"dtype": "float32", "shape": [_DIM], "names": None}
+    entry = {"dtype": "float32", "shape": [DIM], "names": None}
     return {"observation.state": entry, "action": entry}
 
 
@@ -239,19 +239,19 @@ def _numbers(path: pathlib.Path, num_frames: int, length: int) -> pathlib.Path:
     """A dataset without pictures; one data file, its episodes copies of one."""
     rng = np.random.default_rng(0)
     with writer.Writer(path, fps=_FPS, features=_vectors()) as opened:
-        arrays = {k: rng.standard_normal((length, _DIM), np.float32) for k in _vectors()}
+        arrays = {k: rng.standard_normal((length, DIM), np.float32) for k in _vectors()}
         for _ in range(num_frames // length):
             opened.add_episode(arrays, "push")
     return path
 
 
-def _pictured(path: pathlib.Path, sizes: Sizes, shape: tuple[int, int], dtype: str):
+def pictured(path: pathlib.Path, sizes: Sizes, shape: tuple[int, int], dtype: str):
     """A dataset with a camera that sees blocks move over a plane of colour."""
     rng = np.random.default_rng(0)
     camera = {"dtype": dtype, "shape": [*shape, 3], "names": ["height", "width", "channel"]}
     with writer.Writer(path, fps=_FPS, features=_vectors() | {"camera": camera}) as opened:
         for _ in range(sizes.episodes):
-            arrays = {k: rng.standard_normal((sizes.frames, _DIM), np.float32) for k in _vectors()}
+            arrays = {k: rng.standard_normal((sizes.frames, DIM), np.float32) for k in _vectors()}
             arrays["camera"] = np.stack(list(_scenes(rng, shape, sizes.frames)))
             opened.add_episode(arrays, "push")
     return path
@@ -284,7 +284,7 @@ def _rlds(path: pathlib.Path, sizes: Sizes) -> pathlib.Path:
     with tfrecord.writing(path / "made-train.tfrecord-00000-of-00001") as opened:
         for _ in range(4 * sizes.episodes):
             pixels = _scenes(rng, shape, sizes.frames)
-            action = rng.standard_normal(sizes.frames * _DIM).astype(np.float32)
+            action = rng.standard_normal(sizes.frames * DIM).astype(np.float32)
             example = {
                 "steps/observation/image": [simplejpeg.encode_jpeg(x, 95) for x in pixels],
                 "steps/action": action,
@@ -295,7 +295,7 @@ def _rlds(path: pathlib.Path, sizes: Sizes) -> pathlib.Path:
     info = {"name": "made", "version": "1.0.0", "fileFormat": "tfrecord", "splits": [split]}
     files.write_json(path / "dataset_info.json", info)
     image = {"dtype": "uint8", "encodingFormat": "jpeg", "shape": _dimensions(*shape, 3)}
-    tensor = {"dtype": "float32", "encoding": "none", "shape": _dimensions(_DIM)}
+    tensor = {"dtype": "float32", "encoding": "none", "shape": _dimensions(DIM)}
     steps = _dictionary(
         observation=_dictionary(image=_feature("image_feature.Image", "image", image)),
         action=_feature("tensor_feature.Tensor", "tensor", tensor),

@@ -83,6 +83,8 @@ class Encoder:
       wiring: what lies between the robot and what is normalised.
       cameras: {camera of the model: picture feature of the dataset}, without absent ones.
       seen: the model with these cameras alone: what computes on encoded observations.
+      mask_padded_steps, mask_padded_dims: whether batches leave out of the loss what lies beyond
+        the end of an episode, and the dimensions of an action that the robot does not have.
     """
 
     def __init__(
@@ -90,7 +92,10 @@ class Encoder:
         model: pi0.Pi0Config,
         data: ml_collections.ConfigDict,
         norm_stats: normalize.Stats,
+        mask_padded_steps: bool = False,
+        mask_padded_dims: bool = False,
     ):
+        self.mask_padded_steps, self.mask_padded_dims = mask_padded_steps, mask_padded_dims
         self.model, self.norm_stats, self.cameras = model, norm_stats, cameras(model, data)
         self.seen = model.seeing(self.cameras)
         self.wiring = wiring(data)
@@ -110,13 +115,17 @@ class Encoder:
         return self._observation(raw, self.wiring.adapt.apply({"state": raw["state"]}))
 
     def batch(self, raw: Mapping[str, Any]) -> Batch:
-        """The same with the "actions" [b, h, a] that follow."""
+        """The same with the "actions" [b, h, a] that follow, and a mask where one is asked for:
+        that of padded steps takes "action_is_pad" [b, h].
+        """
         numbers = {key: raw[key] for key in compose.NUMERIC}
         for key, values in numbers.items():
             _check_finite(values, key)
         adapted = self.wiring.adapt.apply(numbers)
         actions = self._normalize.apply(adapted)["actions"].astype(np.float32)
-        return Batch(self._observation(raw, adapted), compose.pad(actions, self.model.action_dim))
+        padded = compose.pad(actions, self.model.action_dim)
+        mask = self._action_mask(raw, actions, padded.shape)
+        return Batch(self._observation(raw, adapted), padded, mask)
 
     def normalized(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"state" [b, p], "actions" [b, h, a]} of a robot as the network has them, not padded."""
@@ -140,6 +149,17 @@ class Encoder:
         masks = {camera: np.ones(len(state), bool) for camera in self.cameras}
         proprio = compose.pad(state, self.model.proprio_dim)
         return masked(self.seen, Observation(seen, masks, proprio, tokens, mask))
+
+    def _action_mask(self, raw, actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+        """bool of that shape [b, h, a], True for what counts; None where everything does."""
+        if not self.mask_padded_steps and not self.mask_padded_dims:
+            return None
+        mask = np.ones(shape, bool)
+        if self.mask_padded_steps:
+            mask &= ~np.asarray(raw["action_is_pad"])[..., None]
+        if self.mask_padded_dims:
+            mask[..., actions.shape[-1] :] = False
+        return mask
 
     def _tokens(self, texts, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.model.discrete_state_input:

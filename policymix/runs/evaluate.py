@@ -15,11 +15,13 @@ from policymix import files, intervals, memory, processes
 from policymix.checkpoints import layout, provenance
 from policymix.data import validation as validation_lib
 from policymix.reports import evaluations, tables
-from policymix.runs import chunk_policies, metadata, policies, rollouts
+from policymix.runs import chunk_policies, metadata, policies, replays, rollouts
 from policymix.runs import judge as judge_lib
 from policymix.sim import envs, workers
 
 RESULT = "evaluation.json"
+
+Candidate = policies.Policy | chunk_policies.ChunkPolicy | replays.Replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Request:
     """What the command line asks for; empty fields fall back to the config.
 
     Attributes:
-      checkpoints: paths, or patterns of local ones.
+      checkpoints: paths, or patterns of local ones; nearest:DATASET is no checkpoint, but replays
+        the nearest demonstration.
       names: what the report calls each checkpoint; (): their paths, as far as they differ.
       validation: batches to report losses on, beside the successes.
     """
@@ -58,21 +61,22 @@ def evaluate(
     request = dataclasses.replace(request, checkpoints=layout.expand(request.checkpoints))
     if not request.checkpoints:
         raise ValueError("--checkpoints is empty: give what to evaluate, as --checkpoints=a,b,c")
-    config = metadata.complete(config, checkpoints=request.checkpoints)
+    real = [name for name in request.checkpoints if not replays.is_replay(name)]
+    config = metadata.complete(config, checkpoints=real)
     tasks = envs.parse_all(request.env or config.evaluate.env)
     rollouts.check(config, tasks)
     names = _names(request)
-    files.check_apart(
-        request.output,
-        [p for p in (*request.checkpoints, request.validation) if pathlib.Path(p or "?").exists()],
-    )
+    read = [*map(replays.dataset_of, request.checkpoints), request.validation]
+    files.check_apart(request.output, [p for p in read if pathlib.Path(p or "?").exists()])
     files.check_output(request.output, overwrite=request.overwrite, ours=_is_evaluation)
     candidates = [_policy(config, name) for name in request.checkpoints]
     judge = _judge(config, request, candidates)
     made = {task: envs.make(task) for task in tasks}
+    prompts = {task: config.data.default_prompt or env.prompt for task, env in made.items()}
     for policy in candidates:
         rollouts.check_policy(config, policy, made[tasks[0]])
-    prompts = {task: env.prompt for task, env in made.items()}
+        if isinstance(policy, replays.Replay):
+            policy.check(made[tasks[0]], prompts)
     e = config.evaluate
     episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
     print(
@@ -120,9 +124,9 @@ def evaluate(
     return report
 
 
-def _policy(
-    config: ml_collections.ConfigDict, name: str
-) -> policies.Policy | chunk_policies.ChunkPolicy:
+def _policy(config: ml_collections.ConfigDict, name: str) -> Candidate:
+    if replays.is_replay(name):
+        return replays.Replay(config, name)
     if chunk_policies.is_chunk_policy(name):
         return chunk_policies.ChunkPolicy(config, name)
     return policies.Policy(config, policies.model_config(config, why="evaluation"), name)
@@ -140,10 +144,13 @@ def _names(request: Request) -> list[str]:
 
 
 def _judge(
-    config: ml_collections.ConfigDict, request: Request, candidates: Sequence[rollouts.Policy]
+    config: ml_collections.ConfigDict, request: Request, candidates: Sequence[Candidate]
 ) -> judge_lib.Judge | None:
     if not request.validation:
         return None
+    candidates = [c for c in candidates if not isinstance(c, replays.Replay)]
+    if not candidates:
+        raise ValueError("--validation is of checkpoints' losses, and there is none: leave it out")
     for candidate in candidates:
         if isinstance(candidate, chunk_policies.ChunkPolicy):
             raise ValueError(
@@ -155,8 +162,9 @@ def _judge(
     validation = validation_lib.load(path, config.mix.held_out)
     judge = judge_lib.Judge(policy.model, path, validation, config.mix.seed)
     judge.check(policy.name, policy.header)  # before the roll-outs, not after
-    judge.warnings += provenance.leaks(request.checkpoints, validation.meta)
-    judge.warnings += judge.normalised_otherwise(request.checkpoints)
+    names = [candidate.name for candidate in candidates]
+    judge.warnings += provenance.leaks(names, validation.meta)
+    judge.warnings += judge.normalised_otherwise(names)
     for warning in judge.warnings:
         print(f"WARNING: {warning}")
     return judge
@@ -164,7 +172,7 @@ def _judge(
 
 def _describe(
     name: str,
-    policy: policies.Policy | chunk_policies.ChunkPolicy,
+    policy: Candidate,
     judge: judge_lib.Judge | None,
     results: Sequence[rollouts.Result],
 ) -> dict[str, Any]:
@@ -172,10 +180,11 @@ def _describe(
     by_task: dict[str, list[rollouts.Result]] = {}
     for result in results:
         by_task.setdefault(str(result.task), []).append(result)
+    replay = isinstance(policy, replays.Replay)
     return {
         "name": name,
-        **provenance.describe(policy.name),
-        "loss": judge.losses(policy.name, policy.load()) if judge else None,
+        **(policy.describe() if replay else provenance.describe(policy.name)),
+        "loss": judge.losses(policy.name, policy.load()) if judge and not replay else None,
         **_counts(results),
         "by_task": {task: _counts(mine) for task, mine in by_task.items()},
         "seeds": [result.seed for result in results],
@@ -192,6 +201,7 @@ def _counts(results: Sequence[rollouts.Result]) -> dict[str, Any]:
         "successes": successes,
         "interval": list(intervals.wilson(successes, len(results))),
         "mean_score": sum(result.score for result in results) / len(results),
+        "score_interval": list(intervals.mean([result.score for result in results], (0.0, 1.0))),
     }
 
 

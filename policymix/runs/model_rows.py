@@ -235,7 +235,7 @@ def compiled_step(config: pi0.Pi0Config, loss: LossFn) -> tuple[Callable[[], dic
     The function returns the loss and the first moments, which after one step are the gradients.
     Parameters would compare badly: Adam moves them as far for a gradient that is rounding.
     """
-    optimizer = optimizers.adamw()
+    optimizer = optimizers.make(optimizers.Settings())
     state = training.init(noisy_params(config), optimizer, ema=False)
     batch = structs.Batch(observation_of_one(config), _noise(config))
     update = functools.partial(

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from policymix import files, intervals, memory, metrics, sharding, trees
+from policymix import distributed, files, memory, metrics, sharding, trees
 from policymix.checkpoints import assets, series, store
 from policymix.data import loader
 from policymix.rl import learner as learner_lib
@@ -31,7 +31,6 @@ from policymix.runs import (
     transitions,
     workdirs,
 )
-from policymix.sim import envs
 
 # What a resumed run may change without becoming another run.
 _FREE = (
@@ -100,7 +99,8 @@ def train(
     header = None if resumed else _open_start(config.offline_rl.init_from, learner)
     proposing = _Proposing(asked, config, data) if config.offline_rl.proposals else None
     if plan.rollout_every:
-        _check_roll_outs(config, chunk_policies.Live(str(workdir), learner, {}, data.encoder))
+        acting = chunk_policies.Live(str(workdir), learner, {}, data.encoder)
+        rollouts.check_playable(config, acting)
     _print_plan(config, learner, data, plan, like, mesh, workdir)
     if dry_run:
         if not proposing:  # which a dry run does not let propose
@@ -153,19 +153,24 @@ class _Run:
             print(f"step {first} is reached already; the run ends at {plan.last}")
             return state
         root_key = jax.random.fold_in(jax.random.key(r.seed), 1)  # apart from the key of init
-        writer = metrics.Writer(self._workdir, resume_step=first)
-        pending, logged = None, (first, time.monotonic())
+        pending, logged, end = None, (first, time.monotonic()), first
         calls = list(plan.calls(first, r.updates_per_call))
         update = _compiled(self._learner, self._mesh)
         made = self._batches(first, calls)
-        with metrics.Progress("training", plan.last - first, lines=0) as shown:
+        with (
+            metrics.Writer(self._workdir, resume_step=first, num_steps=plan.last) as writer,
+            distributed.Stop(first) as stop,
+            metrics.Progress("training", plan.last - first, lines=0) as shown,
+        ):
             for (step, count), batch in zip(calls, made, strict=True):
                 state, values = update(state, batch, root_key)
                 if pending:
                     logged = self._tell(writer, *pending, logged)
                 end = step + count
                 pending = (end, values)
-                saves, plays = plan.due(end, plan.save_every), plan.due(end, plan.rollout_every)
+                stopping = stop.requested(end)
+                saves = stopping or plan.due(end, plan.save_every)
+                plays = not stopping and plan.due(end, plan.rollout_every)
                 if saves or plays:  # a diverged state is not worth keeping
                     logged, pending = self._tell(writer, *pending, logged), None
                 if saves:
@@ -174,9 +179,11 @@ class _Run:
                 if plays:
                     writer.write(end, self._roll_out(state.params))
                 shown.step(count)
-        writer.close()
-        saved.wait()
-        print(f"step {plan.last} written to {self._workdir / str(plan.last)}")
+                if stopping:
+                    print(f"stopped after step {end} of {plan.last}: the same command goes on")
+                    break
+            saved.wait()
+        print(f"step {end} written to {self._workdir / str(end)}")
         return state
 
     def _batches(self, first: int, calls: Sequence[tuple[int, int]]) -> Iterator[Any]:
@@ -221,9 +228,7 @@ class _Run:
         """Success in the simulator of config.evaluate."""
         name = str(self._workdir)
         policy = chunk_policies.Live(name, self._learner, params, self._data.encoder)
-        successes, count = rollouts.play(policy, self._config)
-        low, high = intervals.wilson(successes, count)
-        return {"rollout/success": successes / count, "rollout/low": low, "rollout/high": high}
+        return rollouts.play(policy, self._config)
 
 
 @functools.cache
@@ -341,14 +346,6 @@ def _check_settings(config: ml_collections.ConfigDict) -> None:
         )
     if r.seed >= 2**32:
         raise ValueError(f"config.offline_rl.seed is {r.seed}; seeds end at {2**32 - 1}")
-    if r.rollout_every:
-        rollouts.check(config, envs.parse_all(config.evaluate.env))
-
-
-def _check_roll_outs(config: ml_collections.ConfigDict, policy: chunk_policies.Live) -> None:
-    """ValueError or OSError for a policy that the environments do not fit, or no simulator."""
-    made = [envs.make(task) for task in envs.parse_all(config.evaluate.env)]
-    rollouts.check_policy(config, policy, made[0])
 
 
 def _check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:

@@ -30,7 +30,7 @@ class Pipeline:
       norm_stats: {what they are called beside checkpoints: statistics}, one for all datasets; of a
         mixture one for each.
       norm_stats_from: where they come from, in words.
-      encoder: raw examples → what the network takes; of a mixture that of its first dataset.
+      encoders: of each source, raw examples → what the network takes; encoder: the first's.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class Pipeline:
         else:
             sources_lib.check_alike(self.sources)
             groups = {data.asset_id or self.sources[0].dataset.path.name: self.sources}
-        self.norm_stats, self._encoders = {}, []
+        self.norm_stats, self.encoders = {}, []
         for asset_id, group in groups.items():
             own = parts[self.sources.index(group[0])].data
             stats, self.norm_stats_from = _find_norm_stats(config, own, asset_id, group, resumed)
             self._check_dimensions(group, stats)
             self.norm_stats[asset_id] = stats
-            encoder = encoding.Encoder(model, own, stats)
-            self._encoders += [encoder] * len(group)
+            encoder = encoding.Encoder(model, own, stats, **_masks(config.train))
+            self.encoders += [encoder] * len(group)
             for source in group if self.norm_stats_from != _OWN else ():
                 _warn(source, encoder, self.norm_stats_from)
-        self.encoder = self._encoders[0]
+        self.encoder = self.encoders[0]
         if resumed:
             self._check_same_data(resumed)
 
@@ -126,10 +126,18 @@ class Pipeline:
     def batch(self, step: int, batch_size: int, rows: slice = slice(None)) -> Batch:
         """The `rows` of training batch number `step`: a function of the seed and the step alone."""
         drawn = sources_lib.draw(self.sources, self._fractions, batch_size, self._seed, step, rows)
-        encoded = [self._encoders[number].batch(raw) for number, raw in drawn.items()]
+        encoded = [self.encoders[number].batch(raw) for number, raw in drawn.items()]
         if len(encoded) == 1:
             return encoded[0]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *encoded)
+
+    def episodes(self, step: int, batch_size: int) -> dict[str, list[int]]:
+        """{dataset: the episodes that training batch number `step` has frames of}."""
+        drawn = sources_lib.drawn(self.sources, self._fractions, batch_size, self._seed, step)
+        return {
+            str(self.sources[n].dataset.path): self.sources[n].train.episodes(positions)
+            for n, positions in drawn.items()
+        }
 
     def batches(
         self, first: int, last: int, batch_size: int, shard: tuple[int, int] = (0, 1)
@@ -206,6 +214,10 @@ class Pipeline:
             self.encoder.batch(source.get(chunks, order[start : start + batch_size]))
             for start in starts
         ]
+
+
+def _masks(train: ml_collections.ConfigDict) -> dict[str, bool]:
+    return {name: train[name] for name in ("mask_padded_steps", "mask_padded_dims")}
 
 
 def _check(data: ml_collections.ConfigDict) -> None:

@@ -172,15 +172,45 @@ class Policy:
           seeds: [b], of each episode's noise; call: how many chunks it has had. The noise depends
             on these two alone, so every policy meets the same.
         """
-        sampled = _sample(
-            self.encoder.seen,
-            self.load(),
-            self.encoder.observation(raw),
-            jnp.asarray(seeds, jnp.uint32),
-            jnp.asarray(call, jnp.uint32),
-            num_flow_steps,
-        )
-        return self.encoder.actions(np.asarray(sampled), raw["state"])
+        return act(self.encoder, self.load(), raw, seeds, call, num_flow_steps)
+
+
+class Live:
+    """The policy of a run that goes on, as roll-outs take it: parameters that are there already."""
+
+    def __init__(self, name: str, params: Params, encoder: encoding.Encoder):
+        self.name, self.model, self.encoder, self._params = name, encoder.model, encoder, params
+
+    def act(
+        self,
+        raw: Mapping[str, Any],
+        *,
+        seeds: Sequence[int],
+        call: int,
+        num_flow_steps: int,
+    ) -> np.ndarray:
+        """As that of `Policy`."""
+        return act(self.encoder, self._params, raw, seeds, call, num_flow_steps)
+
+
+def act(
+    encoder: encoding.Encoder,
+    params: Params,
+    raw: Mapping[str, Any],
+    seeds: Sequence[int],
+    call: int,
+    num_flow_steps: int,
+) -> np.ndarray:
+    """Chunks of a policy's parameters, float32 [b, h, a], in the robot's own units."""
+    sampled = _sample(
+        encoder.seen,
+        params,
+        encoder.observation(raw),
+        jnp.asarray(seeds, jnp.uint32),
+        jnp.asarray(call, jnp.uint32),
+        num_flow_steps,
+    )
+    return encoder.actions(np.asarray(sampled), raw["state"])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_flow_steps"))

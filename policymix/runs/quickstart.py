@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 import platform
+import signal
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ class Quickstart:
         if "quickstart" not in config:
             raise ValueError(
                 "this config has no section quickstart: use --config=configs/pi0_metaworld.py or "
-                "configs/pi0_pusht.py"
+                "configs/pi0_pusht.py:small"
             )
         self.config, self.q = config, config.quickstart
         self.output = files.local(output)
@@ -191,7 +192,7 @@ class Quickstart:
         d.path = ",".join(str(self._demos(demo)) for demo in demos)
         if name != "base":
             t.init_from = self._checkpoint("base")
-        make = functools.partial(train.train, config, self._workdir(name))
+        make = functools.partial(_train, config, self._workdir(name))
         return Stage(f"train_{name}", settings, make, apart=name != "base")
 
     def _split(self):
@@ -358,3 +359,10 @@ class Quickstart:
 
 def _kept(found: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: found[key] for key in keys}
+
+
+def _train(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """A whole training: one that SIGTERM ended, which is saved, ends the quickstart too."""
+    state = train.train(config, workdir)
+    if int(state.step) < config.train.num_steps:
+        raise SystemExit(128 + signal.SIGTERM)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import ml_collections
 import numpy as np
 
-from policymix import metrics, processes
+from policymix import intervals, metrics, processes
 from policymix.runs import encoding
 from policymix.sim import envs, workers
 
@@ -90,15 +90,34 @@ def _check_robot(policy: Policy, env: envs.Env) -> None:
             )
 
 
-def play(policy: Policy, config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """(successes, episodes) of a policy in the tasks of config.evaluate, in its own processes."""
+def check_playable(config: ml_collections.ConfigDict, policy: Policy) -> None:
+    """ValueError or OSError, before any work, where `play` could not play: bad settings, a policy
+    that the environments do not fit, or no simulator.
+    """
+    tasks = envs.parse_all(config.evaluate.env)
+    check(config, tasks)
+    made = [envs.make(task) for task in tasks]
+    check_policy(config, policy, made[0])
+
+
+def play(policy: Policy, config: ml_collections.ConfigDict) -> dict[str, float]:
+    """How a policy does in the tasks of config.evaluate, in its own processes: rollout/success with
+    its 95 % interval (Wilson's) rollout/low and rollout/high, and rollout/score, the mean best.
+    """
     e = config.evaluate
     tasks = envs.parse_all(e.env)
     prompts = {task: envs.make(task).prompt for task in tasks}
     episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
     with workers.Pool(e.num_workers or min(processes.num_cores(), len(episodes))) as pool:
         results = roll_out(policy, pool, episodes, config, prompts)
-    return sum(result.success for result in results), len(results)
+    successes = sum(result.success for result in results)
+    low, high = intervals.wilson(successes, len(results))
+    return {
+        "rollout/success": successes / len(results),
+        "rollout/low": low,
+        "rollout/high": high,
+        "rollout/score": float(np.mean([result.score for result in results])),
+    }
 
 
 def roll_out(

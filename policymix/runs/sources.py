@@ -229,6 +229,30 @@ def _points_below(x: float, count: int) -> int:
     return total
 
 
+def drawn(
+    sources: Sequence[Source],
+    fractions: np.ndarray,
+    batch_size: int,
+    seed: int,
+    step: int,
+    rows: slice = slice(None),
+) -> dict[int, np.ndarray]:
+    """Which chunks the `rows` of training batch number `step` are, by the number of their source: a
+    function of the seed and the step alone. Each dataset is gone through epoch by epoch.
+    """
+    wanted, place, found = np.arange(batch_size)[rows], 0, {}
+    before, after = (drawn_before(fractions, batch_size, step + k).tolist() for k in (0, 1))
+    for number, (first, end) in enumerate(zip(before, after, strict=True)):
+        count = end - first
+        here = wanted[(wanted >= place) & (wanted < place + count)] - place
+        if len(here):
+            # The first dataset's order does not depend on whether there is a second.
+            order = loader.drawn(len(sources[number].train), first, count, seed + number)
+            found[number] = order[here]
+        place += count
+    return found
+
+
 def draw(
     sources: Sequence[Source],
     fractions: np.ndarray,
@@ -237,17 +261,6 @@ def draw(
     step: int,
     rows: slice = slice(None),
 ) -> dict[int, dict[str, Any]]:
-    """The `rows` of training batch number `step`, by the number of the source that they are from:
-    a function of the seed and the step alone. Each dataset is gone through epoch by epoch.
-    """
-    wanted, place, found = np.arange(batch_size)[rows], 0, {}
-    before, after = (drawn_before(fractions, batch_size, step + k).tolist() for k in (0, 1))
-    for number, (first, end) in enumerate(zip(before, after, strict=True)):
-        source, count = sources[number], end - first
-        here = wanted[(wanted >= place) & (wanted < place + count)] - place
-        if len(here):
-            # The first dataset's order does not depend on whether there is a second.
-            drawn = loader.drawn(len(source.train), first, count, seed + number)
-            found[number] = source.get(source.train, drawn[here])
-        place += count
-    return found
+    """What those chunks are: raw examples, by the number of their source."""
+    chosen = drawn(sources, fractions, batch_size, seed, step, rows)
+    return {n: sources[n].get(sources[n].train, positions) for n, positions in chosen.items()}

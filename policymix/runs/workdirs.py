@@ -1,5 +1,6 @@
 """The directory of a run: whose it is, and whether a run that goes on there is the same one."""
 
+import os
 import pathlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -33,6 +34,8 @@ def check(
     if not workdir.exists():
         files.check_output(workdir, overwrite=False)
         return
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise PermissionError(f"--workdir {workdir} is not writable: choose another, or chmod it")
     if files.is_empty(workdir):
         return
     path = workdir / _RECORD

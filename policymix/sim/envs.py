@@ -11,7 +11,9 @@ import numpy as np
 TESTED = {
     "metaworld": {"metaworld": "3.1.1", "mujoco": "3.3.0", "gymnasium": "1.4.0"},
     "pusht": {"gym-pusht": "0.1.8", "pymunk": "6.11.1", "gymnasium": "1.4.0"},
+    "aloha": {"gym-aloha": "0.1.5", "mujoco": "3.3.0", "gymnasium": "1.4.0"},
 }
+TESTED["aloha_fast"] = TESTED["aloha"]  # the same arms, in small pictures without shadows
 
 # Names are known without the simulator, so that a wrong one is found wherever a command is typed.
 _METAWORLD = """
@@ -27,11 +29,13 @@ window-open
 TASKS = {
     "metaworld": tuple(f"{name}-v3" for name in _METAWORLD.split()),
     "pusht": ("PushT-v0",),
+    "aloha": ("AlohaTransferCube-v0", "AlohaInsertion-v0"),
 }
+TASKS["aloha_fast"] = TASKS["aloha"]
 
 
 # After as many steps an episode has failed, unless a command says otherwise.
-MAX_STEPS = {"metaworld": 150, "pusht": 300}
+MAX_STEPS = {"metaworld": 150, "pusht": 300, "aloha": 400, "aloha_fast": 400}
 _MOST_STEPS = {"metaworld": 500}  # then the simulator itself refuses to go on
 
 
@@ -42,7 +46,8 @@ class Env(Protocol):
       prompt: the instruction, as a sentence or a phrase.
       fps: steps per simulated second.
       features: what observations and actions hold, as LeRobot declares features.
-      action_range: the least and the largest number of an action; others are clipped.
+      action_range: the least and the largest numbers of an action, alike in all its dimensions or
+        [a]; others are clipped.
       info_keys: what the simulator tells of a step beside its score and success.
       info: it, a number each, of the last step.
     """
@@ -50,7 +55,7 @@ class Env(Protocol):
     prompt: str
     fps: int
     features: dict[str, dict[str, Any]]
-    action_range: tuple[float, float]
+    action_range: tuple[float, float] | tuple[np.ndarray, np.ndarray]
     info_keys: tuple[str, ...]
     info: dict[str, float]
 
@@ -71,7 +76,7 @@ class Task:
     """A task of a simulator, and the part of its range of starts that episodes start in.
 
     `low` and `high` are fractions of the range of x of what is placed at random: in Meta-World the
-    object and the goal, in PushT the block.
+    object and the goal, in PushT the block, in ALOHA the cube, or peg and socket.
     """
 
     simulator: str
@@ -114,8 +119,8 @@ def parse_all(text: str) -> list[Task]:
     simulator, slash, names = text.partition("/")
     if not slash or not names:
         raise ValueError(
-            f"env {text!r}: expected SIMULATOR/TASK,TASK, as in metaworld/push-v3,reach-v3 or "
-            "pusht/PushT-v0"
+            f"env {text!r}: expected SIMULATOR/TASK,TASK, as in metaworld/push-v3,reach-v3, "
+            "pusht/PushT-v0 or aloha_fast/AlohaTransferCube-v0"
         )
     tasks = [parse(simulator, name) for name in names.split(",")]
     if len(set(tasks)) < len(tasks):
@@ -124,15 +129,21 @@ def parse_all(text: str) -> list[Task]:
 
 
 def make(task: Task) -> Env:
-    """The environment of a task. OSError says what to install where the simulator is missing."""
+    """The environment of a task. OSError: the simulator is missing, or a library that it needs; the
+    message says what to install.
+    """
     try:
         if task.simulator == "metaworld":
             from policymix.sim import metaworld
 
             return metaworld.Env(task.name, task.low, task.high)
-        from policymix.sim import pusht
+        if task.simulator == "pusht":
+            from policymix.sim import pusht
 
-        return pusht.Env(task.low, task.high)
+            return pusht.Env(task.low, task.high)
+        from policymix.sim import aloha
+
+        return aloha.Env(task.name, task.simulator == "aloha_fast", task.low, task.high)
     except ImportError as error:
         raise OSError(_missing(task.simulator, error)) from error
 

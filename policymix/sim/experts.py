@@ -1,6 +1,7 @@
 """Experts that come with the simulators, or are made from them, and what they demonstrate."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -18,25 +19,35 @@ _NOISE = (0.3, 1.0)  # deviation of noisy's
 _WANDERS_FROM = 60  # wandering is the expert for fewer steps than that
 _HOLD = 10  # steps for which it then does the same
 
+_AFTERWARDS = 10  # steps that demonstrations of ALOHA go on: a hand that touches goes on to grasp
+
 _SCALAR = {"shape": [1], "names": None}
 
 
 def expert(task: envs.Task, env: envs.Env, seed: int) -> Expert:
     """From an observation of `env` to the next action [a], float32.
 
-    Meta-World's experts look at the observation alone. PushT's looks into the environment, and is
-    to be asked once before every step.
+    Meta-World's experts look at the observation alone. The others' look into the environment, and
+    are to be asked once before every step: PushT's plans as it goes, ALOHA's does from the start.
     """
     if task.simulator == "metaworld":
         return functools.partial(_scripted, _policy(task.name))
-    from policymix.sim import pushes
+    if task.simulator == "pusht":
+        from policymix.sim import pushes
 
-    actions = pushes.plan(env.world, np.random.default_rng([seed, 1]))
-    return lambda _: next(actions).astype(np.float32)
+        actions = pushes.plan(env.world, np.random.default_rng([seed, 1]))
+        return lambda _: next(actions).astype(np.float32)
+    from policymix.sim import bimanual
+
+    targets = bimanual.plan(env.name, env.start)
+    held = itertools.chain(targets, itertools.repeat(targets[-1]))
+    return lambda _: next(held)
 
 
 def demonstrate(task: envs.Task, seed: int, max_steps: int, noise: float = 0.0) -> Episode | None:
     """An episode of a task's expert up to its first success, or None where there is none.
+
+    In ALOHA, where success is a touch, it goes on for 10 steps more, as long as there are any.
 
     Args:
       task: what is demonstrated.
@@ -54,15 +65,17 @@ def demonstrate(task: envs.Task, seed: int, max_steps: int, noise: float = 0.0) 
     rng = np.random.default_rng([seed, 2])
     low, high = env.action_range
     half = (high - low) / 2
-    frames = []
-    for _ in range(max_steps):
+    frames, end = [], None
+    for step in range(max_steps):
         action = act(observation)
         frames.append({**observation, "action": action})
         executed = action + noise * half * rng.standard_normal(action.shape)
         observation, _, success = env.step(executed)
-        if success:
-            return _stacked(frames)
-    return None
+        if success and end is None:
+            end = step + _AFTERWARDS * _is_aloha(task)
+        if step == end:
+            break
+    return None if end is None else _stacked(frames)
 
 
 def attempt(task: envs.Task, seed: int, max_steps: int, skill: str) -> Episode:
@@ -112,8 +125,9 @@ def _skilled(skill: str, task: envs.Task, env: envs.Env, seed: int) -> Expert:
     half = (high - low) / 2
     size = env.features["action"]["shape"][0]
     # Where actions are places, standing still is going to where one is; a gripper stays out of it.
-    still = (lambda seen: seen["observation.state"]) if task.simulator == "pusht" else lambda _: 0
-    moves = np.array([name != "gripper" for name in env.features["action"]["names"]])
+    at_places = task.simulator == "pusht" or _is_aloha(task)
+    still = (lambda seen: seen["observation.state"]) if at_places else lambda _: 0
+    moves = np.array([not name.endswith("gripper") for name in env.features["action"]["names"]])
     if skill == "slow":
         speed = np.where(moves, rng.uniform(*_SPEEDS), 1)
         return lambda seen: still(seen) + speed * (act(seen) - still(seen))
@@ -144,6 +158,10 @@ class _Wanderer:
         if wandered % _HOLD == 0:
             self._held = self._drawn()
         return self._held
+
+
+def _is_aloha(task: envs.Task) -> bool:
+    return task.simulator.startswith("aloha")
 
 
 def _stacked(frames: list[dict[str, np.ndarray]]) -> Episode:

@@ -24,6 +24,7 @@ _ONE_THREAD = dict.fromkeys(
         "MKL_NUM_THREADS",
         "OPENCV_FOR_THREADS_NUM",
         "VECLIB_MAXIMUM_THREADS",
+        "LP_NUM_THREADS",  # Mesa's, that renders where there is no GPU
     ),
     "1",
 )

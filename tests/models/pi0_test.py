@@ -158,6 +158,29 @@ def test_the_loss_is_the_mean_square_of_the_residual():
     np.testing.assert_allclose(jnp.mean(jnp.square(residual)), loss, rtol=1e-6)
 
 
+def test_a_masked_loss_is_the_mean_over_what_counts():
+    config = small_config(image_keys=())
+    observation, actions, _ = random_inputs(config)
+    params, key = noisy_params(config), jax.random.key(1)
+    mask = np.random.default_rng(2).random(actions.shape) < 0.4
+
+    @jax.jit
+    def both(params, key, mask):
+        batch = Batch(observation, actions, mask)
+        loss, metrics = pi0.loss(config, params, batch, key)
+        return loss, metrics["loss"], pi0.residual(config, params, batch, jax.random.clone(key))
+
+    _, _, plain = both(params, key, np.ones_like(mask))
+    unmasked, _ = pi0.loss(config, params, Batch(observation, actions), jax.random.clone(key))
+    np.testing.assert_allclose(np.mean(np.square(plain)), unmasked, rtol=1e-5)
+    loss, told, residual = both(params, jax.random.clone(key), mask)
+    assert float(loss) == float(told)
+    np.testing.assert_allclose(loss, np.mean(np.square(np.asarray(plain)[mask])), rtol=1e-5)
+    np.testing.assert_allclose(np.mean(np.square(residual)), loss, rtol=1e-5)
+    assert not np.any(np.asarray(residual)[~mask])
+    assert float(both(params, jax.random.clone(key), np.zeros_like(mask))[0]) == 0
+
+
 @MODELS
 def test_every_parameter_has_a_gradient_but_those_whose_output_is_unused(model, loss_and_grads):
     _, grads = loss_and_grads(model)

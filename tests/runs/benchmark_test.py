@@ -6,7 +6,7 @@ import pytest
 
 from configs import pi0_libero, pi0_metaworld
 from policymix.runs import benchmark, data_rows, measurements, policies, soft_rows
-from tests.runs import rl_rows_test
+from tests.runs import optimizer_rows_test, rl_rows_test
 
 pytest.importorskip("metaworld")
 
@@ -24,6 +24,7 @@ def run(rows):
     models = dict.fromkeys(("float32", "bfloat16", "sampled", "trained"), config)
     models["data"] = data_rows.Sizes(2, 40, 64, 4000, 4000, 2)
     models["rl"], models["soft"] = rl_rows_test.TINY, soft_rows.Sizes(4, 32, 16, 2)
+    models["optimizer"] = optimizer_rows_test.TINY
     return benchmark.run(config, pi0_metaworld.get_config("debug"), rows, models)
 
 

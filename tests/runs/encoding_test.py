@@ -1,5 +1,6 @@
 """What the network takes, made from what a dataset or a robot has, and its actions made back."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -50,6 +51,26 @@ def raw(batch_size=4, horizon=6, **more):
         "actions": rng.normal(-2, 0.5, (batch_size, horizon, ACTION)).astype(np.float32),
         "prompt": [f"push {k % 2}" for k in range(batch_size)],
     } | more
+
+
+@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("dims", [False, True])
+def test_what_does_not_count_in_the_loss_is_masked_where_that_is_asked_for(stats, steps, dims):
+    encoder = encoding.Encoder(
+        model(), data(), stats, mask_padded_steps=steps, mask_padded_dims=dims
+    )
+    is_pad = np.zeros((4, 6), bool)
+    is_pad[1, 4:] = is_pad[3, 1:] = True
+    batch = encoder.batch(raw(action_is_pad=is_pad))
+    if not steps and not dims:
+        assert batch.action_mask is None
+        return
+    expected = np.ones(batch.actions.shape, bool)
+    expected[is_pad] &= not steps
+    expected[..., ACTION:] &= not dims
+    np.testing.assert_array_equal(batch.action_mask, expected)
+    both = jax.tree.map(lambda *parts: np.concatenate(parts), batch, batch)  # as of a mixture
+    np.testing.assert_array_equal(both.action_mask[4:], expected)
 
 
 @pytest.mark.parametrize(

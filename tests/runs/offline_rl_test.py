@@ -441,7 +441,7 @@ def rolling(dataset, options=(), **evaluating):
 
 
 def test_metrics_of_a_step_come_in_order(dataset, tmp_path, monkeypatch):
-    pretend(monkeypatch, lambda policy, config: (1, 2))
+    pretend(monkeypatch, lambda policy, config: {"rollout/success": 0.5})
     config = rolling(dataset, {"log_every": 1, "updates_per_call": 2})
     config.data.held_out = 0.5
     run(config, tmp_path / "run")
@@ -485,7 +485,7 @@ def test_a_roll_out_that_fails_loses_neither_metrics_nor_the_checkpoint(
 def test_roll_outs_that_cannot_be_are_refused_before_training(
     dataset, tmp_path, monkeypatch, evaluating, message
 ):
-    pretend(monkeypatch, lambda policy, config: (1, 2))
+    pretend(monkeypatch, lambda policy, config: {"rollout/success": 0.5})
     with pytest.raises(ValueError, match=message):
         run(rolling(dataset, **evaluating), tmp_path / "run", dry_run=True)
     with pytest.raises(ValueError, match=message):
@@ -494,7 +494,7 @@ def test_roll_outs_that_cannot_be_are_refused_before_training(
 
 
 def test_environments_of_another_robot_are_refused_before_training(dataset, tmp_path, monkeypatch):
-    env = pretend(monkeypatch, lambda policy, config: (1, 2))
+    env = pretend(monkeypatch, lambda policy, config: {"rollout/success": 0.5})
     env.features["action"]["shape"] = (7,)
     with pytest.raises(ValueError, match="/run has norm stats for 2 numbers of 'actions'"):
         run(rolling(dataset), tmp_path / "run")

@@ -11,11 +11,12 @@ import pytest
 from policymix.sim import envs
 
 needs_simulators = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("metaworld", "gym_pusht")),
+    any(importlib.util.find_spec(name) is None for name in ("metaworld", "gym_pusht", "gym_aloha")),
     reason="the simulators are not installed",
 )
 PUSH = envs.parse("metaworld", "push-v3")
 PUSHT = envs.parse("pusht", "PushT-v0")
+ALOHA = envs.parse("aloha_fast", "AlohaTransferCube-v0")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ PUSHT = envs.parse("pusht", "PushT-v0")
         ("metaworld", "push-v3", envs.Task("metaworld", "push-v3")),
         ("metaworld", "push-v3@0:0.2", envs.Task("metaworld", "push-v3", 0, 0.2)),
         ("pusht", "PushT-v0@0.3:1", envs.Task("pusht", "PushT-v0", 0.3, 1)),
+        ("aloha_fast", "AlohaInsertion-v0", envs.Task("aloha_fast", "AlohaInsertion-v0")),
     ],
 )
 def test_a_task_is_read_from_its_text_and_written_back(simulator, text, task):
@@ -39,7 +41,7 @@ def test_a_task_writes_fractions_as_exactly_as_it_has_them():
 @pytest.mark.parametrize(
     ("simulator", "text", "message"),
     [
-        ("mujoco", "push-v3", "unknown simulator 'mujoco'; choose one of metaworld, pusht"),
+        ("mujoco", "push-v3", "unknown simulator 'mujoco'; choose one of metaworld, pusht, aloha"),
         ("metaworld", "psh-v3", "no task 'psh-v3' among its 50.*did you mean push-v3"),
         ("pusht", "pusht", "no task 'pusht' among its 1: PushT-v0"),
         ("metaworld", "push-v3@", "'push-v3@': after @ stand two fractions"),
@@ -132,8 +134,9 @@ def test_a_step_needs_a_reset(task):
     [
         (PUSH, "No module named 'mujoco'", "metaworld is not installed.*make venv EXTRAS=sim"),
         (PUSHT, "libGL.so.1: cannot open", "apt install libgl1 libglib2.0-0"),
+        (ALOHA, "No module named 'gym_aloha'", "aloha_fast is not installed.*EXTRAS=sim"),
     ],
-    ids=["metaworld", "pusht"],
+    ids=["metaworld", "pusht", "aloha"],
 )
 def test_what_is_missing_is_said_with_the_command_that_installs_it(
     monkeypatch, task, reason, message
@@ -141,7 +144,7 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(
     real = builtins.__import__
 
     def absent(name, globals=None, locals=None, fromlist=(), level=0):
-        if name == "policymix.sim" and set(fromlist or ()) & {"metaworld", "pusht"}:
+        if name == "policymix.sim" and set(fromlist or ()) & {"metaworld", "pusht", "aloha"}:
             raise ImportError(reason)
         return real(name, globals, locals, fromlist, level)
 
@@ -154,7 +157,8 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(
 def test_simulators_do_without_jax():
     program = (
         "import sys\n"
-        "from policymix.sim import envs, experts, metaworld, pushes, pusht, worker, workers\n"
+        "from policymix.sim import aloha, bimanual, envs, experts, metaworld, pushes\n"
+        "from policymix.sim import pusht, worker, workers\n"
         "print('jax' in sys.modules, 'jaxlib' in sys.modules)"
     )
     result = subprocess.run(
@@ -166,6 +170,7 @@ def test_simulators_do_without_jax():
 def test_an_episode_has_no_more_steps_than_its_simulator():
     assert (envs.limit("metaworld"), envs.limit("metaworld", 500)) == (150, 500)
     assert (envs.limit("pusht"), envs.limit("pusht", 9999)) == (300, 9999)
+    assert envs.limit("aloha") == envs.limit("aloha_fast") == 400
     with pytest.raises(ValueError, match="max_steps is 501; metaworld ends .* after 500"):
         envs.limit("metaworld", 501)
 
