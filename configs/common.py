@@ -131,7 +131,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 "env": "",
                 "num_episodes": 100,  # for each task
                 "seed": 1000,  # of the first episode's start and noise; the next ones count on
-                "max_steps": 0,  # of an episode; 0: 150 in Meta-World, 300 in PushT
+                "max_steps": 0,  # of an episode; 0: as many as the simulator is known for
                 "replan_steps": 8,  # actions of a chunk that are played before the next; 0: all
                 "num_flow_steps": 10,
                 "num_workers": 0,  # processes with environments; 0: one per core
@@ -271,7 +271,7 @@ def open_pi_zero_config(*, proprio_dim: int) -> ml_collections.ConfigDict:
     config.train.update({"freeze": ("PaliGemma/llm/embedder/.*",), "optimizer": "adamw_8bit"})
     config.train.update({"b2": 0.999, "frozen_dtype": "bfloat16"})
     config.train.update({"batch_size": 1024, "learning_rate": 5e-5, "final_learning_rate": 5e-5})
-    config.train.update({"warmup_steps": 200, "weight_decay": 0.0})
+    config.train.update({"warmup_steps": 200, "weight_decay": 0.0, "ema_decay": 0.0})
     config.evaluate.replan_steps = 4
     return config
 

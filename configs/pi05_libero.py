@@ -8,7 +8,7 @@ publishes 98.8, 98.2, 98.0 and 92.4 % on LIBERO's four suites (Spatial, Object, 
 Mix three fine-tunes with learned coefficients. By arithmetic, not by measurement: three trees in
 float32, their mix and its gradients are 67 GB of device memory.
   python experiments/mix.py --config=configs/pi05_libero.py --method=gradient_descent \
-    --checkpoints=run0/29999,run1/29999,run2/29999 --validation=libero_val.npz --output=mixed
+    --checkpoints=run0/30000,run1/30000,run2/30000 --validation=libero_val.npz --output=mixed
 
 Model: action_dim 32, horizon 10, 200 prompt tokens, three cameras, proprio not in the prompt. Base:
 gs://openpi-assets/checkpoints/pi05_base/params. `:debug` is the same program on a network of 0.6

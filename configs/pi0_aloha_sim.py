@@ -18,7 +18,7 @@ insertion.
   python experiments/evaluate.py --config=configs/pi0_aloha_sim.py:small \
     --checkpoints=runs/small/10000 --output=evaluations/small
 
-Its model: 0.9 M parameters, the top camera in 192 patches of 10 × 10 pixels, both arms' joints,
+Its model: 0.9 M parameters, the top camera in 48 patches of 20 × 20 pixels, both arms' joints,
 chunks of 50 joint targets of which 25 are played; no prompt, there being one task. `:debug`, alone
 or with `small`, takes four steps.
 """
@@ -64,14 +64,14 @@ def _small(task: str) -> ml_collections.ConfigDict:
     heads = {"depth": 4, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
     config.model = ml_collections.ConfigDict(
         {
-            "paligemma_variant": {"width": 64, "mlp_dim": 256} | heads,
+            "paligemma_variant": {"width": 64, "mlp_dim": 128} | heads,
             "action_expert_variant": {"width": 128, "mlp_dim": 256} | heads,
             "siglip_variant": {
                 "width": 64,
                 "mlp_dim": 128,
                 "depth": 2,
                 "num_heads": 2,
-                "patch": 10,
+                "patch": 20,
             },
             "vocab_size": 8,
             "pi05": False,

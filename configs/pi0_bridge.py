@@ -4,7 +4,7 @@ actions.
 Train, from PaliGemma, with 8-bit AdamW and frozen text embeddings, on BridgeData V2 in RLDS (the
 folder that holds `bridge_dataset/`); `accumulate` divides the 1,024 examples of a step into parts
 that fit. That program's authors tell 1.5 to 2 days on 8 L40, 8 to 12 hours on 8 H100, at most 40 GB
-a GPU with 16 examples; not measured here.
+a GPU with 16 examples; not measured here. Pictures are augmented as OpenPI's, less than there.
   python experiments/train.py --config=configs/pi0_bridge.py --workdir=runs/bridge \
     --config.data.path=resize_224 --config.data.mixture=bridge --config.train.accumulate=8
 

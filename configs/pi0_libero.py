@@ -10,7 +10,7 @@ README has no hours, and none were measured here.
 Mix three fine-tunes with learned coefficients. By arithmetic, not by measurement: three trees in
 float32, their mix and its gradients are 65 GB of device memory.
   python experiments/mix.py --config=configs/pi0_libero.py --method=gradient_descent \
-    --checkpoints=run0/29999,run1/29999,run2/29999 --validation=libero_val.npz --output=mixed
+    --checkpoints=run0/30000,run1/30000,run2/30000 --validation=libero_val.npz --output=mixed
 
 Model: action_dim 32, horizon 50, 48 prompt tokens, three cameras. Base:
 gs://openpi-assets/checkpoints/pi0_base/params. `:debug` is the same program on a network of half a

@@ -43,6 +43,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {"batch_size": 64, "num_steps": 10_000, "warmup_steps": 500, "decay_steps": 10_000}
     )
     config.train.update({"learning_rate": 1e-3, "final_learning_rate": 1e-5})
+    # Where most of a picture is one colour, hundreds of its numbers pull together: at the full rate
+    # the patch embedding would learn nothing but that colour.
+    config.train.learning_rates = ("PaliGemma/img/embedding/.*=0.03",)
     if common.parse_arg(arg):
         config.data.path = str(common.PUSHT)
         config.model.siglip_depth = 1

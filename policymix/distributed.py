@@ -6,14 +6,18 @@ first one does. A process that is alone needs nothing of this, and pays nothing 
 
 import atexit
 import contextlib
+import hashlib
 import os
+import pathlib
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 _SPEC = re.compile(r"(?P<address>(?:\[[^\]]+\]|[^\s,:/]+):\d+),(?P<index>\d+)/(?P<count>\d+)")
@@ -23,6 +27,15 @@ _EXPECTED = (
     "are, as in 10.0.0.1:12345,0/2"
 )
 _TIMEOUT_S = 300  # within which all must have started
+_SEEN_S = 60  # within which a shared disk shows what another machine has written: NFS's acdirmax
+_LEAD_S = 1.0  # that the others have for an error of their own
+_SHOWN = 80  # letters of a value in an error
+# What JAX raises in a process whose others are gone; its other errors, of memory say, are its own.
+_PEERS = re.compile(
+    r"gloo|nccl|\bpeer\b|socket closed|heartbeat|coordination service|barrier|"
+    r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED",
+    re.IGNORECASE,
+)
 
 
 def initialize(spec: str, *, timeout_s: int = _TIMEOUT_S) -> None:
@@ -35,7 +48,7 @@ def initialize(spec: str, *, timeout_s: int = _TIMEOUT_S) -> None:
       spec: "" for a process that is alone, "auto" or "HOST:PORT,INDEX/COUNT".
 
     Raises:
-      ValueError: the spec is none of these, or "auto" finds no cluster.
+      ValueError: the spec is none of these, "auto" finds no cluster, or JAX refuses it.
       OSError: JAX cannot start its service, as when the port is taken.
     """
     if not spec:
@@ -58,12 +71,13 @@ def initialize(spec: str, *, timeout_s: int = _TIMEOUT_S) -> None:
                 cluster_detection_method="deactivate",
                 initialization_timeout=timeout_s + 60,
             )
-    except ValueError as error:  # of a cluster's variables that are not there
+    except ValueError as error:
+        if found:
+            raise ValueError(f"--distributed is {spec!r}: {_first_line(error)}") from error
+        # of a cluster's variables that are not there
         raise ValueError(f"--distributed=auto found no cluster ({error}); {_EXPECTED}") from error
     except RuntimeError as error:
-        raise OSError(
-            f"the processes {where} cannot be joined: {str(error).splitlines()[0]}"
-        ) from error
+        raise OSError(f"the processes {where} cannot be joined: {_first_line(error)}") from error
     finally:
         late.cancel()
 
@@ -89,6 +103,11 @@ def parse(spec: str) -> tuple[str, int, int]:
     return address, count, index
 
 
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def _give_up(where: str, seconds: int) -> None:
     print(
         f"error: the processes {where} are not all there after {seconds} s: start every one of "
@@ -110,6 +129,63 @@ def sync(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def agreed(value: int | str | None, what: str) -> None:
+    """Sees that all processes have the same `value` of `what`; all of them are to call it.
+
+    Raises:
+      ValueError, in all: they do not, as when one reads another disk.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    text = str(value).encode()
+    known = _gathered(hashlib.sha256(text).digest() + len(text).to_bytes(8, "little"))
+    if len(set(known)) == 1:
+        return
+    longest = max(int.from_bytes(each[-8:], "little") for each in known)
+    texts = [each.rstrip(b"\0").decode() for each in _gathered(text.ljust(longest, b"\0"))]
+    if is_first():
+        time.sleep(_LEAD_S)  # JAX aborts the others, with a page of C++, once this one has ended
+    raise ValueError(
+        f"{what} is not the same in all processes: {_difference(texts)}; all need the same flags, "
+        "and a --workdir and data on a disk that all see"
+    )
+
+
+def _gathered(row: bytes) -> list[bytes]:
+    """The row of every process; all are of one length."""
+    rows = multihost_utils.process_allgather(np.frombuffer(row, np.uint8))
+    return [bytes(each) for each in rows.astype(np.uint8)]
+
+
+def _difference(texts: Sequence[str]) -> str:
+    """The values, each with the first process that has it, from a little before they part."""
+    same = os.path.commonprefix(texts)  # noqa: RUF071 - of letters, not of folders
+    start = max(0, len(same) - _SHOWN // 2)
+    first: dict[str, int] = {}
+    for process, text in enumerate(texts):
+        first.setdefault(text, process)
+    told = []
+    for text, process in list(first.items())[:4]:
+        end = "…" * (len(text) > start + _SHOWN)
+        shown = "…" * (start > 0) + text[start : start + _SHOWN] + end
+        told.append(f"{shown or 'nothing'} in process {process}")
+    return ", ".join(told) + " and others" * (len(first) > len(told))
+
+
+def seen_by_all(path: pathlib.Path) -> None:
+    """Waits until every process sees `path`, which one of them has written before.
+
+    Raises:
+      ValueError, in all: one of them does not within a minute, so that it has another disk.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    end = time.monotonic() + _SEEN_S
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    agreed("there" if path.exists() else "missing", str(path))
+
+
 def quiet_others() -> None:
     """From here on only the first process has a stdout; errors of all still reach stderr."""
     if not is_first():
@@ -122,19 +198,29 @@ def failing_at_once() -> Iterator[None]:
 
     JAX would wait at the exit for the others, which wait in a collective for this one. They hear of
     it by the connection that breaks (CPUs), or by heartbeats that fail to come, in 100 s at most.
+
+    Raises:
+      ConnectionError: what JAX says of a connection that broke.
     """
     try:
         yield
-    except BaseException:
-        if jax.distributed.is_initialized():
-            atexit.register(_leave)  # called before those that JAX registered earlier
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1  # as in a process that is alone
+        atexit.register(_leave, code)  # called before those that JAX registered earlier
+        if isinstance(error, jax.errors.JaxRuntimeError) and _PEERS.search(str(error)):
+            raise ConnectionError(
+                "another process of this run seems to have ended, and its own log says why; what "
+                f"is heard of it here: {_first_line(error)}"
+            ) from error
         raise
 
 
-def _leave() -> None:
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 class Stop:

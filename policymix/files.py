@@ -177,6 +177,22 @@ def _locked(path: pathlib.Path) -> int | None:
 
 
 @contextlib.contextmanager
+def holding(path: pathlib.Path) -> Iterator[None]:
+    """A directory that no other process writes meanwhile. FileExistsError where one does."""
+    try:
+        lock = _locked(path)
+    except BlockingIOError:
+        raise FileExistsError(
+            f"{path} is being written by another process: wait for it, or choose another"
+        ) from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
 def _naming(path: pathlib.Path) -> Iterator[None]:
     """Says of a failed write what was written: a full disk's own error does not."""
     try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from scipy import special
 
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+_IMAGINED = (0.0, 0.0, 1.0, 1.0)
 
 
 def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
@@ -26,24 +27,26 @@ def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
     return max(0.0, low if successes else 0.0), min(1.0, high if successes < trials else 1.0)
 
 
-def mean(values: Sequence[float], bounds: tuple[float, float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean, inside the bounds of the values.
+def mean(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of numbers in [0, 1], of which four more are imagined.
 
-    x̄ ± t s / √n, s² the unbiased variance and t the 97.5 % quantile of n - 1 degrees of freedom
-    (Student 1908, Biometrika 6:1). All of the bounds where n is 1: one value says nothing.
+    x̄ ± t s / √m inside [0, 1], of the n values and two zeros and two ones: m = n + 4, s² their
+    unbiased variance, t the 97.5 % quantile of m - 1 degrees of freedom (Student 1908, Biometrika
+    6:1). The four are what A. Agresti and B. A. Coull (1998, The American Statistician 52:119) add
+    to successes and failures. Without them n values that are all 1 had the interval [1, 1], as if
+    a lower one could not be.
 
     Raises:
-      ValueError: no values.
+      ValueError: no values, or one outside [0, 1].
     """
-    n = len(values)
-    if not n:
-        raise ValueError("no values: the mean of none has no interval")
-    middle = math.fsum(values) / n
-    if n == 1:
-        return bounds
-    variance = math.fsum((x - middle) ** 2 for x in values) / (n - 1)
-    half = float(special.stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
-    return max(bounds[0], middle - half), min(bounds[1], middle + half)
+    if not len(values) or not all(0 <= x <= 1 for x in values):
+        raise ValueError(f"the interval of a mean is of numbers in [0, 1]; found {list(values)}")
+    more = [*values, *_IMAGINED]
+    m = len(more)
+    middle = math.fsum(more) / m
+    variance = math.fsum((x - middle) ** 2 for x in more) / (m - 1)
+    half = float(special.stdtrit(m - 1, 0.975)) * math.sqrt(variance / m)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def separate(a: tuple[float, float], b: tuple[float, float]) -> bool:

@@ -4,6 +4,7 @@ speed of a loop, and progress on long steps.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -94,18 +95,20 @@ class Writer:
 
     def close(self, *, failed: bool = False) -> None:
         """May be called again. `failed`: the run ends by an error, which W&B is told, and which a
-        disk that is still full does not hide.
+        disk that is still full does not hide. All is closed before the first error is raised.
         """
         file, self._file = self._file, None
         opened, self._trackers = self._trackers, []
-        if file is not None:
-            file.close()
-        for tracker in opened:
-            with contextlib.suppress(OSError) if failed else _naming(self._path.parent):
-                if isinstance(tracker, trackers.WandB):
-                    tracker.close(failed=failed)
-                else:
-                    tracker.close()
+        closers = [functools.partial(tracker.close, failed=failed) for tracker in opened]
+        errors = []
+        for close in [file.close, *closers] if file else closers:
+            try:
+                with _naming(self._path.parent):
+                    close()
+            except Exception as error:
+                errors.append(error)
+        if errors and not failed:
+            raise errors[0]
 
 
 @contextlib.contextmanager
@@ -231,14 +234,25 @@ def memory_used(devices: Iterable[Mapping[str, int] | None] = ()) -> dict[str, f
 
 
 class Progress:
-    """A bar when stderr is a terminal, else about `lines` lines over the whole (0: none)."""
+    """A bar when stderr is a terminal, else about `lines` lines over the whole (0: none); nothing
+    where another of several processes shows it.
+    """
 
     def __init__(self, what: str, total: int, *, lines: int = 10):
         self._what, self._total, self._done = what, total, 0
-        self._every = max(1, math.ceil(total / lines)) if lines else 0
+        shows = self._shows()
+        self._every = max(1, math.ceil(total / lines)) if lines and shows else 0
         self._bar, self._lock = None, threading.Lock()
-        if sys.stderr.isatty():
+        if shows and sys.stderr.isatty():
             self._bar = tqdm.tqdm(desc=what, total=total, leave=False, unit_scale=total > _LARGE)
+
+    @staticmethod
+    def _shows() -> bool:
+        if "jax" not in sys.modules:  # alone, and without JAX many a command starts sooner
+            return True
+        from policymix import distributed
+
+        return distributed.is_first()
 
     def __enter__(self) -> "Progress":
         return self

@@ -17,7 +17,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from policymix.structs import PyTree
 
@@ -86,14 +85,19 @@ def quantize(leaf: Any, leading: int = 1) -> Nf4:
 def dequantize(leaf: Any) -> Any:
     """Nf4 → bfloat16 [leading axes, matrix]; any other leaf as it is.
 
-    An Nf4 of `jax.ShapeDtypeStruct`s gives one, an Nf4 of `NamedSharding`s a copy on every device.
+    An Nf4 of `jax.ShapeDtypeStruct`s gives one, without a place.
     """
     if not isinstance(leaf, Nf4):
         return leaf
     if isinstance(leaf.codes, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    if isinstance(leaf.codes, NamedSharding):
-        return NamedSharding(leaf.codes.mesh, PartitionSpec())
+    return _dequantize(leaf)
+
+
+# Compiled, nothing that is made on the way is stored; inline, a model that does it is as if it were
+# written there.
+@functools.partial(jax.jit, inline=True)
+def _dequantize(leaf: Nf4) -> jax.Array:
     pairs = jnp.stack([leaf.codes >> 4, leaf.codes & 15], axis=-1)
     blocks = pairs.reshape(*leaf.scales.shape, BLOCK)
     numbers = _table()[blocks] * leaf.scales[..., None].astype(jnp.float32)

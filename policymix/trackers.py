@@ -60,7 +60,8 @@ class TensorBoard:
         if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self._flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Event files have no word for a run that failed."""
         self._records.close()
 
     def _add(self, **fields) -> None:

@@ -132,7 +132,7 @@ def checkpoints(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"pi0_metaworld", "pi0_pusht"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"pi0_metaworld"}))
 def test_the_training_commands_of_the_docstring(name, tmp_path, monkeypatch, capsys):
     """Their plans, of the small version of each, whose data is there."""
     monkeypatch.chdir(tmp_path)

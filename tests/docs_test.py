@@ -321,7 +321,7 @@ def plain_format(places):
 
 
 def no_camera(places):
-    config = pi0_pusht.get_config("debug")
+    config = pi0_pusht.get_config("small,debug")
     config.data.update({"path": str(common.PUSHT), "cameras": {"base_0_rgb": ""}})
     dump_validation.dump(config, places.folder / "val.npz")
 

@@ -1,8 +1,10 @@
 """Intervals of success rates and the test of two policies, against printed values and by laws."""
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
+from scipy import stats
 
 from policymix import intervals
 
@@ -106,13 +108,47 @@ def test_mcnemar_refuses_lists_of_different_lengths():
         intervals.mcnemar([True], [True, False])
 
 
-def test_the_interval_of_a_mean_is_students():
-    # Sleep gained with drug 2 in Student 1908, of ten patients: mean 2.33, deviation 2.002 (n - 1).
-    gained = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-    low, high = intervals.mean(gained, (-10.0, 10.0))
-    assert (low, high) == pytest.approx((0.8977, 3.7623), abs=1e-4)
-    assert intervals.mean(gained, (0.9, 2.0)) == (0.9, 2.0)
-    assert intervals.mean([0.3], (0.0, 1.0)) == (0.0, 1.0)
-    assert intervals.mean([0.5] * 4, (0.0, 1.0)) == (0.5, 0.5)
-    with pytest.raises(ValueError, match="no values"):
-        intervals.mean([], (0.0, 1.0))
+def test_the_interval_of_a_mean_is_students_of_four_values_more():
+    values = [0.3, 0.7, 0.45, 0.9, 0.55, 0.2]
+    more = np.array([*values, 0, 0, 1, 1])
+    wanted = stats.t.interval(0.95, 9, more.mean(), stats.sem(more))
+    assert intervals.mean(values) == pytest.approx(wanted, abs=1e-12)
+    assert intervals.mean([0.3]) == (0.0, 1.0)
+    for wrong in ([], [0.5, 1.5], [float("nan")]):
+        with pytest.raises(ValueError, match=r"numbers in \[0, 1\]; found \["):
+            intervals.mean(wrong)
+
+
+@hypothesis.given(st.lists(st.floats(0, 1), min_size=1, max_size=80))
+def test_the_interval_of_a_mean_holds_it_and_has_a_width(values):
+    low, high = intervals.mean(values)
+    assert 0 <= low <= np.mean(values) <= high <= 1
+    assert high - low > 1.5 / (len(values) + 4)
+
+
+@pytest.mark.parametrize("n", [10, 20, 100])
+def test_values_that_are_all_alike_do_not_say_more_than_as_many_successes(n):
+    (low, high), (least, _) = intervals.mean([1.0] * n), intervals.wilson(n, n)
+    assert high == 1
+    assert low < least + 0.01
+    assert intervals.mean([0.0] * n) == pytest.approx((1 - high, 1 - low))
+
+
+# Scores of many policies: some that nearly always succeed or fail, for which n values say little.
+SCORES = {
+    "mostly 1": lambda rng, size: np.where(rng.random(size) < 0.95, 1, rng.random(size)),
+    "1 or 0": lambda rng, size: (rng.random(size) < 0.97).astype(float),
+    "near 1": lambda rng, size: rng.beta(8, 0.4, size),
+    "near 0": lambda rng, size: rng.beta(0.1, 2, size),
+    "mostly 0": lambda rng, size: np.where(rng.random(size) < 0.9, 0, rng.random(size)),
+    "between": lambda rng, size: rng.beta(2, 5, size),
+}
+
+
+@pytest.mark.parametrize("n", [20, 50])
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_means_lie_in_their_interval_as_often_as_it_says(scores, n):
+    rng = np.random.default_rng(0)
+    truth = scores(rng, 10**6).mean()
+    found = np.array([intervals.mean(row) for row in scores(rng, (1000, n)).tolist()])
+    assert np.mean((found[:, 0] <= truth) & (truth <= found[:, 1])) > 0.94

@@ -227,6 +227,17 @@ def test_wandb_is_told_of_a_run_that_failed(tmp_path, monkeypatch):
     assert fake.calls[-1] == ("finish", 1)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("broken")])
+def test_wandb_is_finished_where_tensorboard_cannot_be_closed(tmp_path, monkeypatch, error):
+    fake = _wandb(monkeypatch)
+    writer = metrics.Writer(tmp_path, tensorboard=True, wandb="robots")
+    monkeypatch.setattr(writer._trackers[0], "close", lambda failed: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match=r"cannot write|broken"):
+        writer.close()
+    assert fake.calls[-1] == ("finish", 0)
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("broken", "made"),
     [

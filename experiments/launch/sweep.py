@@ -6,7 +6,7 @@ another with --run, or hands them to Slurm with --slurm.
     --sweep=train.learning_rate=1e-4,5e-5 --sweep=train.seed=0,1
 
 Each point has a workdir of its own, runs/sweep/learning_rate=1e-4_seed=0 and so on; what is there
-already is resumed. Commas in brackets stay: --sweep="train.freeze=(),('PaliGemma/img',)".
+already is resumed. Commas in brackets or quotes stay: --sweep="train.freeze=(),('a(b|c)','d')".
 """
 
 import itertools
@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from policymix import app
 
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _HERE = pathlib.Path(os.path.relpath(__file__)).parent
 app.define_config(str(_HERE.parent / "train.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the points' workdirs.", required=True)
@@ -33,11 +34,17 @@ _SLURM = flags.DEFINE_string("slurm", None, "Submit them, with these options of 
 def main() -> None:
     config = flags.FLAGS["config"]
     given = {f"config.{k}": v for k, v in config_flags.get_override_values(config).items()}
+    shared = [f"--{name}" for name in ("overwrite", "verbose") if flags.FLAGS[name].value]
+    if "--overwrite" in shared and _SLURM.value is not None:
+        raise ValueError(
+            "--overwrite would begin a run anew each time Slurm queues it again: remove what is in "
+            f"{_WORKDIR.value} first"
+        )
     axes = {}
     for text in _SWEEP.value:
-        field, _, values = text.partition("=")
-        found = re.findall(r"(?:\([^()]*\)|[^,()])+", values)
-        if not found or len(set(found)) < len(found) or f"config.{field}" in axes | given:
+        field, told, values = text.partition("=")
+        found = _split(values)
+        if not told or len(set(found)) < len(found) or f"config.{field}" in axes | given:
             raise ValueError(f"--sweep={text}: expected a new FIELD=VALUE,VALUE, each value once")
         axes[f"config.{field}"] = found
     points = {}
@@ -49,8 +56,26 @@ def main() -> None:
         fields = {"config": config_flags.get_config_filename(config), **given, **point}
         points[name] = [f"--{field}={value}" for field, value in fields.items()]
         _check(points[name])
+        points[name] += shared
     if failed := [name for name, arguments in points.items() if not _do(name, arguments)]:
         raise ValueError(f"{len(failed)} of {len(points)} points failed: {', '.join(failed)}")
+
+
+def _split(text: str) -> list[str]:
+    """What lies between the commas that are in no brackets and no quotes."""
+    values, ends = [""], []
+    for piece in re.findall(r"""'[^']*'|"[^"]*"|.""", text, re.DOTALL):
+        if piece in _BRACKETS:
+            ends.append(_BRACKETS[piece])
+        elif piece in ("'", '"') or (piece in ")]}" and (not ends or ends.pop() != piece)):
+            raise ValueError(f"--sweep, {text}: {piece} has no counterpart")
+        if piece == "," and not ends:
+            values.append("")
+        else:
+            values[-1] += piece
+    if ends:
+        raise ValueError(f"--sweep, {text}: a {ends[-1]} is missing")
+    return values
 
 
 def _check(arguments: list[str]) -> None:

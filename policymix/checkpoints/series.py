@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from policymix import distributed, trees
@@ -144,22 +145,22 @@ class Series:
         Raises:
           ValueError: the checkpoint belongs to another model or optimizer, or is damaged.
         """
-        item, places = (to_item(state.policy_params) for state in (like, shardings))
+        like = jax.tree.map(_at, like, shardings)
         try:
             restored = self._manager.restore(
                 self.latest,
                 args=ocp.args.Composite(
-                    params=_restore_args(item, places),
-                    train_state=_restore_args(like.rest(), shardings.rest()),
+                    params=_restore_args(to_item(like.policy_params)),
+                    train_state=_restore_args(like.rest()),
                 ),
             )
+            return like.joined(from_item(restored.params), restored.train_state)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(
                 f"{self._manager.directory}: step {self.latest} cannot be resumed "
                 f"({str(error).splitlines()[0]}); it was saved by another model or optimizer, or "
                 "is damaged: pass --overwrite to start again"
             ) from error
-        return like.joined(from_item(restored.params), restored.train_state)
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk; the writer's errors surface here."""
@@ -176,15 +177,21 @@ class Series:
             self._manager.close()
 
 
-def _restore_args(like: Any, shardings: Any) -> ocp.args.PyTreeRestore:
-    restore_args = jax.tree.map(
-        lambda leaf, place: ocp.ArrayRestoreArgs(
-            sharding=place, global_shape=leaf.shape, dtype=leaf.dtype
-        ),
-        like,
-        shardings,
-    )
-    return ocp.args.PyTreeRestore(like, restore_args=restore_args)
+def _at(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+
+def _restore_args(like: Any) -> ocp.args.PyTreeRestore:
+    """To the places in `like`; what has none, for it is not kept as it is saved, to the host."""
+
+    def args(leaf):
+        if leaf.sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        return ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
+
+    return ocp.args.PyTreeRestore(like, restore_args=jax.tree.map(args, like))
 
 
 def to_item(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -257,8 +257,9 @@ def _measured(report: Mapping[str, Any]) -> list[str]:
         facts["losses on"] = str(report["validation"]["path"])
     told = (
         "Every policy met the same starts with the same noise in its actions. Intervals are "
-        "Wilson's, those of mean scores Student's, at 95 %; they cover the choice of starts, not "
-        "that of the training seed."
+        "Wilson's, at 95 %; those of mean scores are Student's with two scores of 0 and two of 1 "
+        "added (Agresti and Coull's), so that scores which are all alike do not look certain. They "
+        "cover the choice of starts, not that of the training seed."
     )
     return [pages.paragraph(told), pages.table([[*pair] for pair in facts.items()], ["", ""])]
 

@@ -33,7 +33,9 @@ def rate(counts: Mapping[str, Any]) -> str:
 
 
 def score(counts: Mapping[str, Any]) -> str:
-    """The mean best score, with its 95 % interval where that is known: 0.412 [0.35, 0.47]."""
+    """The mean best score, with its 95 % interval (`intervals.mean`) where that is known:
+    0.412 [0.35, 0.47].
+    """
     told = f"{counts['mean_score']:.3f}"
     if not counts.get("score_interval"):
         return told

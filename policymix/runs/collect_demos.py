@@ -36,10 +36,9 @@ def collect(
 
     Args:
       env: SIMULATOR/TASK,TASK, each task as `envs.parse` reads it.
-      max_steps: after how many an episode has failed; 0: 150 in Meta-World, 300 in PushT,
-        400 in ALOHA.
+      max_steps: after how many an episode has failed; 0: as `envs.MAX_STEPS` says.
       noise: on the executed actions, see `experts.demonstrate`.
-      skills: some of `experts.SKILLS`; see `experts.attempt`. Seeds take turns: seed s is played
+      skills: some of `experts.skills`; see `experts.attempt`. Seeds take turns: seed s is played
         with skill s modulo their number.
       num_workers: processes with environments; 0: one per core. pool: one to use in their place.
 
@@ -53,7 +52,7 @@ def collect(
             "collecting needs num_episodes of at least 1 and no negative seed, max_steps or noise; "
             f"got {num_episodes}, {seed}, {max_steps} and {noise}"
         )
-    _check_skills(skills, noise)
+    _check_skills(tasks[0].simulator, skills, noise)
     output = files.local(output)
     files.check_output(output, overwrite=overwrite, ours=_is_collected)
     max_steps = envs.limit(tasks[0].simulator, max_steps)
@@ -105,11 +104,12 @@ def collect(
     print(f"{wanted} episodes, {frames} frames written to {output}")
 
 
-def _check_skills(skills: Sequence[str], noise: float) -> None:
-    unknown = [skill for skill in skills if skill not in experts.SKILLS]
-    if unknown or len(set(skills)) < len(skills):
+def _check_skills(simulator: str, skills: Sequence[str], noise: float) -> None:
+    known = experts.skills(simulator)
+    if not set(skills) <= set(known) or len(set(skills)) < len(skills):
         raise ValueError(
-            f"skills={','.join(skills)}: expected some of {','.join(experts.SKILLS)}, each once"
+            f"skills={','.join(skills)}: expected some of {','.join(known)}, each once, which are "
+            f"those that {simulator} has"
         )
     if skills and noise:
         raise ValueError(

@@ -71,12 +71,11 @@ def evaluate(
     files.check_output(request.output, overwrite=request.overwrite, ours=_is_evaluation)
     candidates = [_policy(config, name) for name in request.checkpoints]
     judge = _judge(config, request, candidates)
-    made = {task: envs.make(task) for task in tasks}
-    prompts = {task: config.data.default_prompt or env.prompt for task, env in made.items()}
+    made = rollouts.environments(config, tasks, candidates)
+    prompts = rollouts.prompts_of(config, made)
     for policy in candidates:
-        rollouts.check_policy(config, policy, made[tasks[0]])
         if isinstance(policy, replays.Replay):
-            policy.check(made[tasks[0]], prompts)
+            policy.check(made[tasks[0]], prompts)  # tasks of a simulator are one robot's
     e = config.evaluate
     episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
     print(
@@ -201,7 +200,7 @@ def _counts(results: Sequence[rollouts.Result]) -> dict[str, Any]:
         "successes": successes,
         "interval": list(intervals.wilson(successes, len(results))),
         "mean_score": sum(result.score for result in results) / len(results),
-        "score_interval": list(intervals.mean([result.score for result in results], (0.0, 1.0))),
+        "score_interval": list(intervals.mean([result.score for result in results])),
     }
 
 

@@ -2,6 +2,7 @@
 checkpoints out, resumed to the exact step, noise and batch.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -111,29 +112,25 @@ def train(
         return None
     files.check_space(workdir, trees.nbytes(like))
     memory.keep_freed()
-    if overwrite and workdir.exists():
-        files.remove(workdir)
-    workdirs.write(workdir, record)
-    if proposing:
-        data.propose(proposing.made(workdir))
-    saved = series.Series(
-        workdir, max_to_keep=config.offline_rl.max_to_keep, keep_period=plan.keep_period or None
-    )
-    places = jax.tree.map(lambda _: sharding.replicated(mesh), like)
-    try:
+    r = config.offline_rl
+    with workdirs.taken(workdir, record, overwrite=overwrite), contextlib.ExitStack() as opened:
+        if proposing:
+            data.propose(proposing.made(workdir))
+        keep_period = plan.keep_period or None
+        saved = series.Series(workdir, max_to_keep=r.max_to_keep, keep_period=keep_period)
+        opened.callback(saved.close)
+        places = jax.tree.map(lambda _: sharding.replicated(mesh), like)
         if resumed:
             state = saved.restore(like, places)
             print(f"resumed from step {latest} of {workdir}")
         else:
-            state = jax.jit(start, out_shardings=places)(jax.random.key(config.offline_rl.seed))
+            state = jax.jit(start, out_shardings=places)(jax.random.key(r.seed))
             state = _started(state, header, places)
-        ancestor = resumed or config.offline_rl.init_from
+        ancestor = resumed or r.init_from
         inherited = assets.trainings_of(ancestor) if ancestor else []
         beside = series.Assets(data.norm_stats, [*data.trainings(), *inherited])
         run = _Run(config, learner, data, plan, mesh, workdir)
         return run.go(state, saved, beside)
-    finally:
-        saved.close()
 
 
 class _Run:

@@ -91,8 +91,8 @@ def adam_8bit_row(sizes: Sizes) -> list[Row]:
     ]
 
 
-def _optimizer(name: str) -> optax.GradientTransformation:
-    return optimizers.make(optimizers.Settings(name=name))
+def _optimizer(name: str, **settings) -> optax.GradientTransformation:
+    return optimizers.make(optimizers.Settings(name=name, **settings))
 
 
 def _steps(
@@ -122,12 +122,12 @@ def _steps(
     return run, size
 
 
-def learned(name: str, sizes: Sizes, seed: int = 0) -> float:
+def learned(name: str, sizes: Sizes, seed: int = 0, **settings) -> float:
     """The loss of a policy after a few updates, on batches that it was not trained on.
 
-    Its chunks are a smooth function of proprio, another for each seed.
+    Its chunks are a smooth function of proprio, another for each seed. Settings: of the optimizer.
     """
-    config, optimizer = sizes.learning, _optimizer(name)
+    config, optimizer = sizes.learning, _optimizer(name, **settings)
     loss_fn = functools.partial(pi0.loss, config)
     step = jax.jit(
         functools.partial(training.update, loss_fn=loss_fn, optimizer=optimizer), donate_argnums=0

@@ -1,20 +1,23 @@
 """Replay of the nearest demonstration: what a policy has to beat to have learned anything."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
+from policymix import files
 from policymix.data import loader
-from policymix.runs import encoding, policies, sources, statistics
+from policymix.runs import collect_demos, encoding, policies, sources, statistics
 from policymix.sim import envs
 from policymix.transforms import images
 
 PREFIX = "nearest:"
 _EPSILON = 1e-6  # as in normalisation; of dimensions that never change
 _BLOCK = 64  # pictures compared at once
+_ALIKE = 1e-9  # variances below are rounding, which no distance is to be divided by
 
 
 def is_replay(name: str) -> bool:
@@ -36,11 +39,16 @@ class Replay:
     deviation there, and x_c the picture of camera c, of the model's resolution, with pixels in
     [0, 1], the distance is
 
-      mean_d (z_d - z'_d)² + mean_c mean(x_c - x'_c)² / V_c
+      mean_d (z_d - z'_d)² / V + mean_c mean(x_c - x'_c)² / V_c
 
-    where V_c is the variance of a pixel over the first pictures, in the mean over pixels: so that
-    pictures, which are mostly background, count as much as states do. Beyond a demonstration's
-    end its last action is repeated.
+    where V and V_c are the variances of a z_d and of a pixel over the first observations, in the
+    mean over dimensions and over pixels; 1 where these are all alike. So states count as much as
+    pictures do, which are mostly background; and it is the first observations that say how much
+    both vary, because only they are compared. Beyond a demonstration's end its last action is
+    repeated.
+
+    Prints a WARNING where demonstrations were collected with noise, whose recorded actions lead
+    elsewhere when they are played again.
 
     Attributes:
       name: nearest:DATASET; model: the config's, of whose chunks as many actions are played;
@@ -73,6 +81,7 @@ class Replay:
         shapes = source.shapes()
         self._sizes = shapes["state"][-1], shapes["actions"][-1]
         self._read_starts(source)
+        self._warn_of_noise()
         self._chosen: dict[tuple[str, int], int] = {}  # by prompt and seed
 
     def _read_starts(self, source: sources.Source) -> None:
@@ -83,7 +92,19 @@ class Replay:
         self._last = self._dataset.episode_to[starts["episode_index"]] - 1
         self._prompts = np.array(starts["prompt"], dtype=object)
         self._states, self._pictures = self._scaled(starts["state"]), starts["images"]
-        self._variances = {c: _variance(found) for c, found in self._pictures.items()}
+        self._variance = _divisor(self._states.var(axis=0).mean())
+        self._variances = {c: _divisor(_variance(found)) for c, found in self._pictures.items()}
+
+    def _warn_of_noise(self) -> None:
+        path = pathlib.Path(self._dataset.path) / collect_demos.SOURCE
+        noise = files.read_json(path).get("noise", 0) if path.is_file() else 0
+        if noise:
+            print(
+                f"WARNING: {self.name} was collected with noise={noise}: it holds what the expert "
+                "said, not what was executed, so that its actions do not lead to its observations "
+                "again, and replaying them does worse than the demonstrations did. Collect some "
+                "without noise to compare policies with"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What evaluation.json says of it: path, fingerprint of the dataset, demonstrations."""
@@ -162,7 +183,7 @@ class Replay:
         rows = np.arange(len(self._prompts))
         if len(set(self._prompts)) > 1:
             rows = np.flatnonzero(self._prompts == prompt)
-        distances = np.square(self._states[rows] - state).mean(axis=1)
+        distances = np.square(self._states[rows] - state).mean(axis=1) / self._variance
         for camera, picture in pictures.items():
             apart = _squared(self._pictures[camera], rows, picture)
             distances += apart / self._variances[camera] / len(pictures)
@@ -175,9 +196,13 @@ class Replay:
 
 
 def _variance(pictures: np.ndarray) -> float:
-    """Of a pixel of uint8 [n, hh, ww, 3] over n, in the mean, pixels in [0, 1]; 1 where none is."""
-    mean = pictures.mean(axis=0, dtype=np.float32) / 255
-    return float(_squared(pictures, np.arange(len(pictures)), 255 * mean).mean()) or 1.0
+    """Of a pixel of uint8 [n, hh, ww, 3] over n, in the mean, pixels in [0, 1]."""
+    mean = pictures.mean(axis=0, dtype=np.float32)
+    return float(_squared(pictures, np.arange(len(pictures)), mean).mean())
+
+
+def _divisor(variance: float) -> float:
+    return float(variance) if variance > _ALIKE else 1.0
 
 
 def _squared(pictures: np.ndarray, rows: np.ndarray, picture: np.ndarray) -> np.ndarray:

@@ -90,33 +90,59 @@ def _check_robot(policy: Policy, env: envs.Env) -> None:
             )
 
 
+def environments(
+    config: ml_collections.ConfigDict, tasks: Sequence[envs.Task], policies: Sequence[Policy]
+) -> dict[envs.Task, envs.Env]:
+    """One environment of each task, against every one of which every policy was checked.
+
+    Raises:
+      ValueError, OSError: as `check_policy`; no simulator, or nothing that renders for it.
+    """
+    made = {task: envs.make(task) for task in tasks}
+    for env in made.values():
+        for policy in policies:
+            check_policy(config, policy, env)
+    return made
+
+
+def prompts_of(
+    config: ml_collections.ConfigDict, made: Mapping[envs.Task, envs.Env]
+) -> dict[envs.Task, str]:
+    """What each task is told: config.data.default_prompt, or else what its environment says."""
+    return {task: config.data.default_prompt or env.prompt for task, env in made.items()}
+
+
 def check_playable(config: ml_collections.ConfigDict, policy: Policy) -> None:
     """ValueError or OSError, before any work, where `play` could not play: bad settings, a policy
     that the environments do not fit, or no simulator.
     """
     tasks = envs.parse_all(config.evaluate.env)
     check(config, tasks)
-    made = [envs.make(task) for task in tasks]
-    check_policy(config, policy, made[0])
+    environments(config, tasks, [policy])
 
 
 def play(policy: Policy, config: ml_collections.ConfigDict) -> dict[str, float]:
     """How a policy does in the tasks of config.evaluate, in its own processes: rollout/success with
-    its 95 % interval (Wilson's) rollout/low and rollout/high, and rollout/score, the mean best.
+    its 95 % interval rollout/low and rollout/high (`intervals.wilson`); and rollout/score, the mean
+    best, with rollout/score_low and rollout/score_high (`intervals.mean`).
     """
     e = config.evaluate
     tasks = envs.parse_all(e.env)
-    prompts = {task: envs.make(task).prompt for task in tasks}
+    prompts = prompts_of(config, environments(config, tasks, [policy]))
     episodes = [(task, e.seed + k) for task in tasks for k in range(e.num_episodes)]
     with workers.Pool(e.num_workers or min(processes.num_cores(), len(episodes))) as pool:
         results = roll_out(policy, pool, episodes, config, prompts)
     successes = sum(result.success for result in results)
     low, high = intervals.wilson(successes, len(results))
+    scores = [result.score for result in results]
+    score_low, score_high = intervals.mean(scores)
     return {
         "rollout/success": successes / len(results),
         "rollout/low": low,
         "rollout/high": high,
-        "rollout/score": float(np.mean([result.score for result in results])),
+        "rollout/score": float(np.mean(scores)),
+        "rollout/score_low": score_low,
+        "rollout/score_high": score_high,
     }
 
 
@@ -135,7 +161,7 @@ def roll_out(
     Args:
       episodes: task and seed of each; the seed decides its start and its noise.
       config: of the run; sections data and evaluate are read.
-      prompts: what each task is told.
+      prompts: what each task is told, as `prompts_of` says.
     """
     e, num_episodes = config.evaluate, len(episodes)
     limit = envs.limit(episodes[0][0].simulator, e.max_steps)

@@ -4,6 +4,7 @@ step.
 
 import contextlib
 import functools
+import json
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,8 @@ def prepared(
     record = {section: config[section].to_dict() for section in _SECTIONS}
     _check_workdir(config, workdir, record, overwrite=overwrite)
     latest = None if overwrite else series.latest_step(workdir)
+    distributed.agreed(json.dumps(record, sort_keys=True), "the config")
+    distributed.agreed(latest, f"the latest step in {workdir}")
     resumed = None if latest is None else workdir / str(latest)
     pipeline = pipeline_lib.Pipeline(config, model, resumed)
     pipeline.check_trains()
@@ -94,10 +97,12 @@ def prepared(
         print("dry run: nothing was computed, nothing was written")
         yield None
         return
-    _prepare(config, workdir, record, like, overwrite=overwrite)
+    _check_space(config, workdir, like, overwrite=overwrite)
+    memory.keep_freed()
     t = config.train
-    saved = series.Series(workdir, max_to_keep=t.max_to_keep, keep_period=t.keep_period or None)
-    try:
+    with workdirs.taken(workdir, record, overwrite=overwrite), contextlib.ExitStack() as opened:
+        saved = series.Series(workdir, max_to_keep=t.max_to_keep, keep_period=t.keep_period or None)
+        opened.callback(saved.close)
         if resumed:
             state = saved.restore(like, places)
             print(f"resumed from step {latest} of {workdir}")
@@ -119,8 +124,6 @@ def prepared(
             held_out=_held_out(config, pipeline, mesh),
         )
         yield run, state
-    finally:
-        saved.close()
 
 
 def _check_workdir(config, workdir: pathlib.Path, record, *, overwrite: bool) -> None:
@@ -134,19 +137,11 @@ def _check_workdir(config, workdir: pathlib.Path, record, *, overwrite: bool) ->
     )
 
 
-def _prepare(config, workdir: pathlib.Path, record, like: TrainState, *, overwrite: bool) -> None:
-    """Makes the directory ready, once all is known to be well."""
-    # While a checkpoint is written the ones before it stay.
+def _check_space(config, workdir: pathlib.Path, like: TrainState, *, overwrite: bool) -> None:
+    """While a checkpoint is written the ones before it stay."""
     size = trees.nbytes(like.policy_params) + trees.nbytes(like.rest())
     there = len(layout.steps_of(workdir)) if workdir.exists() and not overwrite else 0
     files.check_space(workdir, size * max(1, config.train.max_to_keep + 1 - there))
-    memory.keep_freed()
-    distributed.sync("checked")  # by all, while it is as it was
-    if distributed.is_first():
-        if overwrite and workdir.exists():
-            files.remove(workdir)
-        workdirs.write(workdir, record)
-    distributed.sync("workdir")
 
 
 def _held_out(config, pipeline, mesh) -> held_out.HeldOut | None:
@@ -178,9 +173,10 @@ def _print_plan(config, model, update, pipeline, like: TrainState, mesh, workdir
 
 
 def _print_budget(config, update, pipeline, like: TrainState, places, mesh, key) -> None:
-    """What a step needs, of shapes alone."""
+    """What a step needs, of shapes: of examples, two are looked at."""
     loss_fn = policies.loss_fn(pipeline.encoder.seen, augment=update.augment)
-    batch = pipeline.batch(0, config.train.batch_size)
+    size = config.train.batch_size
+    batch = budget.with_rows(pipeline.batch(0, min(size, 2)), size)
     parts = budget.parts(
         like,
         loss_fn,

@@ -1,11 +1,12 @@
 """The directory of a run: whose it is, and whether a run that goes on there is the same one."""
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from policymix import files, trees
+from policymix import distributed, files, trees
 
 _RECORD = "config.json"
 
@@ -59,9 +60,23 @@ def check(
         )
 
 
-def write(workdir: pathlib.Path, record: Mapping[str, Any]) -> None:
-    """Keeps the sections of the config beside the run."""
-    files.write_json(workdir / _RECORD, record)
+@contextlib.contextmanager
+def taken(workdir: pathlib.Path, record: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """The directory for this run alone until the block ends, its record in it; the first process
+    makes it, and with `overwrite` makes it anew. FileExistsError where another run has it.
+    """
+    distributed.sync("checked")  # by all processes, while it is as it was
+    with contextlib.ExitStack() as held:
+        if distributed.is_first():
+            if overwrite and workdir.exists():
+                with files.holding(workdir):
+                    files.remove(workdir)
+            workdir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.holding(workdir))
+            files.write_json(workdir / _RECORD, record)
+        distributed.sync("workdir")
+        distributed.seen_by_all(workdir / _RECORD)
+        yield
 
 
 def _as_list(value: Any) -> Any:

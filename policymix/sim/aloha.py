@@ -1,5 +1,9 @@
 """gym-aloha's two arms: the same models, starts, steps, rewards and pixels.
 
+Steps are the same up to rounding, which contact amplifies: in the experts' episodes joints differ
+by 1e-15 until a hand touches something, by 1e-4 then, and later a grasp may hold in one and slip in
+the other. Where the physics diverges gym-aloha raises an error, and an episode here goes on.
+
 gym-aloha renders three cameras of 480 × 640 at every step and returns one. Here only the top camera
 is rendered, and only when asked for; the fast simulator draws it small and without shadows. A
 process simulates each task once for all its episodes, each of which keeps its physics aside while
@@ -42,10 +46,12 @@ _SIDEWAYS = {"AlohaTransferCube-v0": ((0.0, 0.2),), "AlohaInsertion-v0": ((0.1, 
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # also the solver's warm start: steps repeat exactly
 _MOTORS = mujoco.mjtDisableBit.mjDSBL_ACTUATION.value
 _LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so"}  # and what MUJOCO_GL calls them
+_EGL_PLATFORM_DEVICE = 0x313F  # EGL_EXT_platform_device
+_MOST_DEVICES = 16
 
-# Wild actions can make the physics diverge, whereupon MuJoCo puts everything back to its own start
-# and the episode goes on from there, as good as failed. It need not write a file about it.
-mujoco.set_mju_user_warning(lambda _: None)
+# The least that a context of MuJoCo's can be made for.
+_NOTHING = """<mujoco><visual><global offwidth="1" offheight="1"/>
+<quality shadowsize="0" offsamples="0"/></visual></mujoco>"""
 
 
 class Env:
@@ -129,6 +135,10 @@ class _Simulation:
     """MuJoCo's model and data of a task, and the episode that has them."""
 
     def __init__(self, name: str, fast: bool):
+        # Wild actions can make the physics diverge, whereupon MuJoCo puts everything back to its
+        # own start and the episode goes on from there, as good as failed. It need not write a file
+        # about it. This is of the whole process: so it waits until ALOHA is simulated in it.
+        mujoco.set_mju_user_warning(lambda _: None)
         self._model = load(_MODELS[name])
         self._data = mujoco.MjData(self._model)
         self._names = [self._model.geom(k).name for k in range(self._model.ngeom)]
@@ -242,12 +252,7 @@ class _Camera:
         if fast:  # the context is made for what the model says
             model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
             model.vis.global_.offwidth, model.vis.global_.offheight = width, height
-        try:
-            self._gl = gl.GLContext(width, height)
-            self._gl.make_current()
-            self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
-        except Exception as error:  # each library has its own
-            raise OSError(f"{_NO_GL} ({type(error).__name__}: {error})") from error
+        self._gl, self._context = _contexts(gl, model, width, height)
         atexit.register(self._free)  # before Python takes down what freeing needs
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._model, self._rect = model, mujoco.MjrRect(0, 0, width, height)
@@ -276,29 +281,70 @@ class _Camera:
             self._gl.free()
 
 
-_NO_GL = (
-    "ALOHA renders with OpenGL off screen, by EGL or OSMesa (MUJOCO_GL=egl or osmesa chooses), and "
-    "this system cannot: install it, on Debian and Ubuntu with `apt install libegl1 libegl-mesa0 "
-    "libgl1-mesa-dri`, or `apt install libosmesa6`"
-)
+def _contexts(
+    gl: Any, model: mujoco.MjModel, width: int, height: int
+) -> tuple[Any, mujoco.MjrContext]:
+    """OpenGL's context, now current, and MuJoCo's in it. OSError where there is none to be had."""
+    gl.GLContext._context = None  # else its destructor complains where its constructor failed
+    try:
+        context = gl.GLContext(width, height)
+        context.make_current()
+        return context, mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
+    except Exception as error:  # each library has its own
+        raise OSError(_no_gl(f"{type(error).__name__}: {error}")) from error
 
 
 def _gl() -> Any:
-    """MuJoCo's module of the OpenGL that MUJOCO_GL names; if unset, EGL or else OSMesa."""
+    """MuJoCo's module of the OpenGL that MUJOCO_GL names; if unset, EGL or else OSMesa. It has made
+    a context once, so that a system without is found before anything is played.
+    """
     asked = os.environ.get("MUJOCO_GL") or os.environ.get("PYOPENGL_PLATFORM")
+    # PyOpenGL can be bound to one of them only, once: so they are not tried in turn.
     name = asked or next(filter(_is_there, _LIBRARIES), "")
     if not name:
-        raise OSError(_NO_GL)
-    # PyOpenGL can be bound to one of them only, once: so they are not tried in turn.
+        raise OSError(_no_gl("neither is there, with a driver"))
     try:
-        return importlib.import_module(f"mujoco.{name.lower()}")
+        module = importlib.import_module(f"mujoco.{name.lower()}")
     except (ImportError, AttributeError) as error:
-        raise OSError(f"{_NO_GL} ({type(error).__name__}: {error})") from error
+        raise OSError(_no_gl(f"{type(error).__name__}: {error}")) from error
+    context, drawn = _contexts(module, mujoco.MjModel.from_xml_string(_NOTHING), 1, 1)
+    drawn.free()
+    context.free()
+    return module
+
+
+def _no_gl(reason: str) -> str:
+    asked = os.environ.get("MUJOCO_GL")
+    now = f"; now it is {asked}" if asked else ""
+    return (
+        "ALOHA renders with OpenGL off screen, by EGL or OSMesa (MUJOCO_GL=egl or osmesa chooses"
+        f"{now}), and this system cannot ({reason}): install it, on Debian and Ubuntu with "
+        "`apt install libegl1 libegl-mesa0 libgl1-mesa-dri`, or `apt install libosmesa6`"
+    )
 
 
 def _is_there(name: str) -> bool:
+    """Whether a library is installed, and of EGL, which is but a loader of drivers, a driver."""
     try:
-        ctypes.CDLL(_LIBRARIES[name])
+        library = ctypes.CDLL(_LIBRARIES[name])
     except OSError:
         return False
-    return True
+    return name != "egl" or _has_driver(library)
+
+
+def _has_driver(egl: ctypes.CDLL) -> bool:
+    """Whether an EGL device can be initialised, as mujoco.egl does it but without PyOpenGL."""
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    egl.eglInitialize.argtypes = (ctypes.c_void_p,) * 3
+    found = (egl.eglGetProcAddress(f) for f in (b"eglQueryDevicesEXT", b"eglGetPlatformDisplayEXT"))
+    query, get_display = found
+    if not query or not get_display:
+        return False
+    pointer = ctypes.c_void_p
+    query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, pointer, pointer)(query)
+    get_display = ctypes.CFUNCTYPE(pointer, ctypes.c_uint, pointer, pointer)(get_display)
+    devices, count = (pointer * _MOST_DEVICES)(), ctypes.c_int(0)
+    if not query(_MOST_DEVICES, ctypes.addressof(devices), ctypes.addressof(count)):
+        return False
+    displays = (get_display(_EGL_PLATFORM_DEVICE, d, None) for d in devices[: count.value])
+    return any(display and egl.eglInitialize(display, None, None) for display in displays)

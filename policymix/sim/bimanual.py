@@ -14,7 +14,7 @@ from gym_aloha import constants
 
 from policymix.sim import aloha
 
-NUM_STEPS = 400
+NUM_STEPS = 240
 
 _STIFF = (0.9, 0.95, 0.001)  # solimp of the welds; with the models' own the arms lag and miss
 _HANDS = ("vx300s_left/gripper_link", "vx300s_right/gripper_link")
@@ -27,7 +27,7 @@ _OPEN, _CLOSED = 1.0, 0.0
 
 # A hand first turns where it is. Turned only on its way, its wrist would pass the pose in which two
 # of its joints have one axis to one side or the other, and forearms end half a turn apart.
-_TURNED = 40
+_TURNED = 24
 
 # (step, where the point between the fingers is in m, turn, opening): a hand's way from its start.
 # None is where it starts.
@@ -35,33 +35,33 @@ Waypoint = tuple[int, np.ndarray | None, tuple[float, ...], float]
 
 
 def plan(name: str, objects: np.ndarray) -> np.ndarray:
-    """Joint targets [400, 14] that solve a task, as a rule, whose objects are at poses [n, 7]."""
+    """Joint targets [240, 14] that solve a task, as a rule, whose objects are at poses [n, 7]."""
     if name == "AlohaTransferCube-v0":
         return _hands("end_effector_transfer_cube").follow(objects, *_transfer(objects[0, :3]))
     return _hands("end_effector_insertion").follow(objects, *_insertion(*objects[:, :3]))
 
 
 def _transfer(cube: np.ndarray) -> tuple[list[Waypoint], list[Waypoint]]:
-    """Ways of both hands. ACT's, but slower: there the left hand closes on a cube on the move."""
+    """Ways of both hands: ACT's in less time, but that the left waits for the cube to rest."""
     meet, over, at = _at(0, 0.5, 0.25), cube + _at(0, 0, 0.08), cube + _at(0, 0, -0.015)
     wait, take = meet + _at(-0.12, 0, -0.02), meet + _at(0.02, 0, -0.02)
     left = [
-        (100, wait, _ROLLED, _OPEN),
-        (215, wait, _ROLLED, _OPEN),
-        (265, take, _ROLLED, _OPEN),
-        (295, take, _ROLLED, _CLOSED),
+        (60, wait, _ROLLED, _OPEN),
+        (129, wait, _ROLLED, _OPEN),
+        (159, take, _ROLLED, _OPEN),
+        (177, take, _ROLLED, _CLOSED),
         (NUM_STEPS, take, _ROLLED, _CLOSED),
     ]
     right = [
         (_TURNED, None, _RIGHT_DOWN, _OPEN),
-        (90, over, _RIGHT_DOWN, _OPEN),
-        (130, at, _RIGHT_DOWN, _OPEN),
-        (170, at, _RIGHT_DOWN, _CLOSED),
-        (200, meet + _at(0.05, 0, 0), _RIGHT_DOWN, _CLOSED),
-        (220, meet, _RIGHT_DOWN, _CLOSED),
-        (300, meet, _RIGHT_DOWN, _CLOSED),
-        (330, meet, _RIGHT_DOWN, _OPEN),
-        (365, meet + _at(0.1, 0, 0), _RIGHT_DOWN, _OPEN),
+        (54, over, _RIGHT_DOWN, _OPEN),
+        (78, at, _RIGHT_DOWN, _OPEN),
+        (102, at, _RIGHT_DOWN, _CLOSED),
+        (120, meet + _at(0.05, 0, 0), _RIGHT_DOWN, _CLOSED),
+        (132, meet, _RIGHT_DOWN, _CLOSED),
+        (180, meet, _RIGHT_DOWN, _CLOSED),
+        (198, meet, _RIGHT_DOWN, _OPEN),
+        (219, meet + _at(0.1, 0, 0), _RIGHT_DOWN, _OPEN),
         (NUM_STEPS, meet + _at(0.1, 0, 0), _RIGHT_DOWN, _OPEN),
     ]
     return left, right
@@ -74,11 +74,11 @@ def _insertion(peg: np.ndarray, socket: np.ndarray) -> tuple[list[Waypoint], lis
     def way(thing: np.ndarray, turn: tuple, meet: np.ndarray, away: np.ndarray):
         return [
             (_TURNED, None, turn, _OPEN),
-            (120, thing + _at(0, 0, 0.08), turn, _OPEN),
-            (170, thing + _at(0, 0, -0.03), turn, _OPEN),
-            (220, thing + _at(0, 0, -0.03), turn, _CLOSED),
-            (285, meet + 2 * away, turn, _CLOSED),
-            (340, meet + away, turn, _CLOSED),
+            (72, thing + _at(0, 0, 0.08), turn, _OPEN),
+            (102, thing + _at(0, 0, -0.03), turn, _OPEN),
+            (132, thing + _at(0, 0, -0.03), turn, _CLOSED),
+            (171, meet + 2 * away, turn, _CLOSED),
+            (204, meet + away, turn, _CLOSED),
             (NUM_STEPS, meet + away, turn, _CLOSED),
         ]
 
@@ -101,7 +101,7 @@ class _Hands:
     def follow(
         self, objects: np.ndarray, left: Sequence[Waypoint], right: Sequence[Waypoint]
     ) -> np.ndarray:
-        """Joint targets [400, 14] on the ways of both hands, from the arms' start."""
+        """Joint targets [240, 14] on the ways of both hands, from the arms' start."""
         model, data = self._model, self._data
         mujoco.mj_resetData(model, data)
         data.qpos[:16], data.qpos[16:] = constants.START_ARM_POSE, objects.ravel()
@@ -135,7 +135,7 @@ class _Hands:
 def _interpolated(
     position: np.ndarray, quaternion: np.ndarray, opening: float, way: Sequence[Waypoint]
 ) -> np.ndarray:
-    """Position, quaternion and opening at each step, [400, 8]: straight between waypoints."""
+    """Position, quaternion and opening at each step, [240, 8]: straight between waypoints."""
     steps, rows = [0], [[*position, *quaternion, opening]]
     for step, where, (*axis, degrees), wanted in way:
         turn = np.empty(4)

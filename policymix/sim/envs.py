@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.metadata
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -129,23 +130,60 @@ def parse_all(text: str) -> list[Task]:
 
 
 def make(task: Task) -> Env:
-    """The environment of a task. OSError: the simulator is missing, or a library that it needs; the
-    message says what to install.
+    """The environment of a task. OSError: the simulator is missing, or a library that it needs, or
+    what its pictures are rendered with; the message says what to install or to set.
     """
+    asked = _asked_opengl()  # before an import of MuJoCo sets what is unset
     try:
+        module = _imported(task.simulator, asked)
         if task.simulator == "metaworld":
-            from policymix.sim import metaworld
-
-            return metaworld.Env(task.name, task.low, task.high)
+            return module.Env(task.name, task.low, task.high)
         if task.simulator == "pusht":
-            from policymix.sim import pusht
-
-            return pusht.Env(task.low, task.high)
-        from policymix.sim import aloha
-
-        return aloha.Env(task.name, task.simulator == "aloha_fast", task.low, task.high)
+            return module.Env(task.low, task.high)
+        return module.Env(task.name, task.simulator == "aloha_fast", task.low, task.high)
     except ImportError as error:
         raise OSError(_missing(task.simulator, error)) from error
+
+
+def _imported(simulator: str, asked: str) -> Any:
+    """The module that plays a simulator's tasks. Importing MuJoCo loads the OpenGL that is asked
+    for, wherever it renders or not, and raises whatever comes up where that is not there.
+    """
+    try:
+        if simulator == "metaworld":
+            from policymix.sim import metaworld
+
+            return metaworld
+        if simulator == "pusht":
+            from policymix.sim import pusht
+
+            return pusht
+        from policymix.sim import aloha
+
+        return aloha
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        if isinstance(error, ImportError) and (simulator == "pusht" or not asked):
+            raise
+        raise OSError(
+            f"{simulator} cannot be imported{asked and ' with '}{asked} ({type(error).__name__}: "
+            f"{error}): {_OPENGL if asked else 'its packages do not fit together'}"
+        ) from error
+
+
+_OPENGL = (
+    "unset that, or set it to an OpenGL that this system has: egl or osmesa, on Debian and Ubuntu "
+    "from `apt install libegl1 libegl-mesa0 libgl1-mesa-dri` or `apt install libosmesa6`"
+)
+
+
+def _asked_opengl() -> str:
+    """Which OpenGL the environment variables ask for, as NAME=VALUE; "" for none."""
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        if os.environ.get(name):
+            return f"{name}={os.environ[name]}"
+    return ""
 
 
 def limit(simulator: str, max_steps: int = 0) -> int:

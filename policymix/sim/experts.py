@@ -11,7 +11,9 @@ from policymix.sim import envs
 Episode = dict[str, np.ndarray]
 Expert = Callable[[dict[str, np.ndarray]], np.ndarray]
 
-# Ways to act on what the expert says. How strong they are is drawn for every episode.
+# Ways to act on what the expert says. How strong they are is drawn for every episode. They are
+# fractions of the range of actions, which of ALOHA's joints is a whole turn: there none but the
+# expert is of any use.
 SKILLS = ("expert", "slow", "biased", "noisy", "wandering")
 _SPEEDS = (0.2, 0.6)  # of slow, as fractions of the expert's
 _BIAS = 0.4  # deviation of biased's constant, in halves of the action's range, like the next
@@ -78,8 +80,13 @@ def demonstrate(task: envs.Task, seed: int, max_steps: int, noise: float = 0.0) 
     return None if end is None else _stacked(frames)
 
 
+def skills(simulator: str) -> tuple[str, ...]:
+    """Those of SKILLS that a simulator's tasks can be attempted with."""
+    return SKILLS[:1] if simulator.startswith("aloha") else SKILLS
+
+
 def attempt(task: envs.Task, seed: int, max_steps: int, skill: str) -> Episode:
-    """An episode played with one of SKILLS up to its first success, or to the end of its time.
+    """An episode played with one of `skills` up to its first success, or to the end of its time.
 
     expert: what the expert says. slow: its moves, 0.2 to 0.6 as large. biased: a constant added to
     them. noisy: Gaussian noise added to all it says. wandering: at first the expert, from a step
@@ -91,7 +98,13 @@ def attempt(task: envs.Task, seed: int, max_steps: int, skill: str) -> Episode:
     Returns:
       Arrays [t, …] of the observations before each action; as "action" what was executed, clipped
       to the range of actions; and what came of it, see `outcomes`.
+
+    Raises:
+      ValueError: a skill that the simulator's tasks are not attempted with.
     """
+    known = skills(task.simulator)
+    if skill not in known:
+        raise ValueError(f"{task.simulator} has no skill {skill!r}; choose of {','.join(known)}")
     env = envs.make(task)
     observation = env.reset(seed)
     act = _skilled(skill, task, env, seed)
@@ -125,7 +138,7 @@ def _skilled(skill: str, task: envs.Task, env: envs.Env, seed: int) -> Expert:
     half = (high - low) / 2
     size = env.features["action"]["shape"][0]
     # Where actions are places, standing still is going to where one is; a gripper stays out of it.
-    at_places = task.simulator == "pusht" or _is_aloha(task)
+    at_places = task.simulator == "pusht"
     still = (lambda seen: seen["observation.state"]) if at_places else lambda _: 0
     moves = np.array([not name.endswith("gripper") for name in env.features["action"]["names"]])
     if skill == "slow":

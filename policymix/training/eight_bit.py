@@ -1,13 +1,19 @@
 """Adam whose two moments take 8 bits each, in blocks: a quarter of Adam's memory.
 
-Moments are floating-point numbers of 3 bits of mantissa. The second one has 32 octaves below a
-bound of its block. The first has a sign and 16 octaves relative to the root of the second, which it
-exceeds by little, as updates of Adam are of order 1. That has the properties of the dynamic tree of
-"8-bit Optimizers via Block-wise Quantization" (Dettmers et al. 2021, arXiv:2110.02861), a wide
-range and a relative error that is small everywhere, and is made by integer arithmetic on float32's
-own bits, where a tree takes a search among 256 levels. And as such numbers need no tight scale, the
-bound of a block is no maximum of its moments, which would take a pass of its own over them, but
-what they cannot exceed: the same moving average, of the largest square of the block's gradients.
+Moments are floating-point numbers of 3 bits of mantissa. The second one has 31 octaves below a
+bound of its block and one above. The first has a sign and 16 octaves relative to the root of the
+second, which it exceeds by little, as updates of Adam are of order 1. That has the properties of
+the dynamic tree of "8-bit Optimizers via Block-wise Quantization" (Dettmers et al. 2021,
+arXiv:2110.02861), a wide range and a relative error that is small everywhere, and is made by
+integer arithmetic on float32's own bits, where a tree takes a search among 256 levels. And as such
+numbers need no tight scale, the bound of a block is no maximum of its moments, which would take a
+pass of its own over them, but what they exceed by rounding alone: the same moving average, of the
+largest square of the block's gradients.
+
+Levels are far apart beside what an average moves at a step, 0.1 % at b2 0.999: rounded to the
+nearest, it would stand still. So both moments go up or down, as often as keeps their mean whatever
+the gradients are: none, all the same, or rare. That takes a number as good as random, for which
+neither moments nor gradients are good enough, as they may repeat; the number of the step is, mixed.
 """
 
 import math
@@ -23,10 +29,13 @@ from policymix.structs import PyTree
 BLOCK = 2048  # numbers that share a bound, at most (the paper's choice)
 MIN_ELEMENTS = 4096  # smaller leaves keep float32 moments, as in bitsandbytes
 _MIN_BLOCK = 32  # of a last axis that has no larger divisor, blocks run across rows
-_SMALLEST_BOUND = np.float32(2.0**-90)  # so that 32 octaves below it there is still a float32
+_SMALLEST_BOUND = np.float32(2.0**-90)  # so that 31 octaves below it there is still a float32
 _STEP = 20  # bits of a float32's mantissa that are dropped, of 23
-_HALF, _DROPPED = 1 << (_STEP - 1), (1 << _STEP) - 1
+_DROPPED = (1 << _STEP) - 1
 _SIGN = np.int32(-(2**31))
+# Levels of a second moment up to its bound; the others are above, as it strays when it is rounded.
+_LEVELS = 247
+_GOLDEN = np.uint32(0x9E3779B9)  # 2^32 / 1.618: its multiples are spread evenly, modulo 2^32
 # Octaves by which a first moment may exceed the root of the second: Cauchy and Schwarz allow 0.2 at
 # b1 0.9 and b2 0.95, and 2.9 at b2 0.999.
 _HEADROOM = 4
@@ -60,19 +69,19 @@ class EightBitState(NamedTuple):
     moments: PyTree
 
 
-def quantize(mu: jax.Array, nu: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Both moments [..., n], the second within bounds [..., 1] → int16 codes [..., n].
+def quantize(mu: jax.Array, nu: jax.Array, bounds: jax.Array, count: jax.Array) -> jax.Array:
+    """Both moments [..., n], the second within bounds [..., 1], at step `count` → int16 [..., n].
 
-    First moments go to the nearest level, within 1/16; below 2^-12 of the root of the second, to
-    zero. Second moments go up or down, within 1/8, as often as keeps their mean: to the nearest, an
-    average that moves by 5 % at a step would move up only. What decides are the bits of the first
-    moment that are dropped, which are as good as random. Below 2^-31.9 of their bound they are that
-    and never zero, so that no update can blow up.
+    Both go to a level next to them, within 1/8, the nearer the more likely: so that over many steps
+    the mean is kept. First moments below 2^-12 of the root of the second become zero. Second ones
+    below 2^-30.9 of their bound become that and never zero, so that no update can blow up.
     """
-    bits, lowest = _bits(mu), _lowest(bounds)
-    squares = jnp.clip((_bits(nu) + (bits & _DROPPED) - lowest) >> _STEP, 0, 255)
+    bits, lowest, drawn = _bits(mu), _lowest(bounds), _drawn(count, mu.shape)
+    up = jax.lax.shift_right_logical(drawn, 32 - _STEP)
+    squares = jnp.clip((_bits(nu) + up - lowest) >> _STEP, 0, 255)
     smallest = _smallest(lowest + (squares << _STEP))
-    magnitude = jnp.clip(((bits & ~_SIGN) + _HALF - smallest) >> _STEP, 0, 127)
+    up = drawn & _DROPPED  # not the bits that decide about the second
+    magnitude = jnp.clip(((bits & ~_SIGN) + up - smallest) >> _STEP, 0, 127)
     return ((bits >> 16) & -(2**15) | magnitude << 8 | squares).astype(jnp.int16)
 
 
@@ -87,8 +96,8 @@ def dequantize(codes: jax.Array, bounds: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _lowest(bounds: jax.Array) -> jax.Array:
-    """The bits of a second moment of code 0: 255 levels below the bound, rounded."""
-    return ((_bits(bounds) + _HALF) & -(1 << _STEP)) - (255 << _STEP)
+    """The bits of a second moment of code 0, from those of its bound, rounded up."""
+    return ((_bits(bounds) + _DROPPED) & -(1 << _STEP)) - (_LEVELS << _STEP)
 
 
 def _smallest(nu: jax.Array) -> jax.Array:
@@ -98,6 +107,20 @@ def _smallest(nu: jax.Array) -> jax.Array:
     """
     root = (nu >> 1) + ((127 << 22) + (_HEADROOM << 23))
     return (root & -(1 << _STEP)) - (127 << _STEP)
+
+
+def _drawn(count: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """int32, along the last axis evenly spread, and at one place as good as random over steps.
+
+    Evenly over steps too, as multiples of the count are, it would fall in with gradients that come
+    at regular intervals. The mixing is MurmurHash3's last (Appleby 2011).
+    """
+    x = jnp.asarray(count).astype(jnp.uint32) * _GOLDEN
+    x = (x ^ x >> 16) * np.uint32(0x85EBCA6B)
+    x = (x ^ x >> 13) * np.uint32(0xC2B2AE35)
+    x = x ^ x >> 16
+    places = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    return (x + places * _GOLDEN).astype(jnp.int32)
 
 
 def scale_by_adam_8bit(
@@ -132,7 +155,7 @@ def scale_by_adam_8bit(
 
         def step(g, moments):
             move = _step_wide if isinstance(moments, WideMoments) else _step
-            return move(g, factor, moments, b1, b2, eps, debias)
+            return move(g, factor, moments, b1, b2, eps, debias, count)
 
         flat, structure = jax.tree.flatten(grads)
         old = structure.flatten_up_to(state.moments)
@@ -154,7 +177,7 @@ def clip_factor(grads: PyTree, max_norm: float) -> jax.Array:
     return jnp.where(norm < max_norm, 1.0, max_norm / norm)
 
 
-def _step(g: jax.Array, factor, moments: Moments, b1, b2, eps, debias):
+def _step(g: jax.Array, factor, moments: Moments, b1, b2, eps, debias, count):
     blocks, codes = _blocked(g), _blocked(moments.codes)
     largest = factor * jnp.max(jnp.abs(blocks), axis=-1).astype(jnp.float32)
     bounds = b2 * moments.bounds + (1 - b2) * largest * largest
@@ -162,11 +185,12 @@ def _step(g: jax.Array, factor, moments: Moments, b1, b2, eps, debias):
     mu, nu = dequantize(codes, moments.bounds[..., None])
     blocks = factor * blocks.astype(jnp.float32)
     mu, nu, update = _adam(blocks, mu, nu, b1, b2, eps, debias)
-    codes = _unblocked(quantize(mu, nu, bounds[..., None]), g.shape)
+    codes = _unblocked(quantize(mu, nu, bounds[..., None], count), g.shape)
     return _unblocked(update, g.shape).astype(g.dtype), Moments(codes, bounds)
 
 
-def _step_wide(g: jax.Array, factor, moments: WideMoments, b1, b2, eps, debias):
+def _step_wide(g: jax.Array, factor, moments: WideMoments, b1, b2, eps, debias, count):
+    del count
     wide = factor * g.astype(jnp.float32)
     mu, nu, update = _adam(wide, moments.mu, moments.nu, b1, b2, eps, debias)
     return update.astype(g.dtype), WideMoments(mu, nu)

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 
 from policymix import nf4, trees
 from policymix.structs import LossFn, Metrics, Params, PyTree
@@ -41,7 +42,9 @@ class TrainState:
 
     @property
     def policy_params(self) -> Params:
-        """The same in arrays alone, as evaluation and mixing take it from a checkpoint."""
+        """The same in arrays alone, as evaluation and mixing take it from a checkpoint; those of
+        what is in 4 bits are the host's.
+        """
         flat = trees.flatten(self.acting_params)
         return trees.unflatten({path: _array(leaf) for path, leaf in flat.items()})
 
@@ -55,7 +58,8 @@ class TrainState:
 
     def joined(self, policy_params: Params, rest: Mapping[str, Any]) -> "TrainState":
         """The state, of this one's structure, that those two are parts of. What is in 4 bits here
-        comes back bit for bit.
+        comes back bit for bit, and to its place, matrix after matrix. ValueError for one of another
+        shape.
         """
         given, raw = trees.flatten(policy_params), trees.flatten(rest["params"])
         flat = {
@@ -70,20 +74,28 @@ class TrainState:
 
 def _array(leaf: Any) -> Any:
     """What an Nf4 stands for: in the host's memory, since all of them together would not fit beside
-    the state; where several processes share it, on the devices.
+    the state. Where processes share it, each has the whole of it there, and the devices one whole
+    leaf at a time.
     """
-    if not isinstance(leaf, nf4.Nf4):
-        return leaf
     wide = nf4.dequantize(leaf)
-    whole = isinstance(wide, jax.Array) and wide.is_fully_addressable
-    return jax.device_get(wide) if whole else wide
+    if wide is leaf or not isinstance(wide, jax.Array):
+        return wide
+    if wide.is_fully_addressable:
+        return jax.device_get(wide)
+    return multihost_utils.process_allgather(wide, tiled=True)
 
 
 def _as(leaf: Any, given: Any) -> Any:
-    """What was made an array for a checkpoint, in the form that it has in a state."""
+    """What was made an array for a checkpoint, in the form and at the place that it has in a
+    state. Of what lies with the host every process has the whole.
+    """
     if not isinstance(leaf, nf4.Nf4):
         return given
-    return nf4.quantize(given, given.ndim - len(leaf.matrix))
+    if given.shape != leaf.shape:  # of other arrays Orbax sees it
+        raise ValueError(f"a matrix is {given.shape} there; expected {leaf.shape}")
+    narrow = functools.partial(nf4.quantize, leading=given.ndim - len(leaf.matrix))
+    place = jax.tree.map(lambda x: x.sharding, leaf)
+    return jax.jit(narrow, out_shardings=place)(given)
 
 
 def split(params: Params, frozen: Collection[str]) -> tuple[Params, Params]:

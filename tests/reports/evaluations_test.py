@@ -14,7 +14,7 @@ def counts(outcomes, scores):
         "successes": sum(outcomes),
         "interval": list(intervals.wilson(sum(outcomes), len(outcomes))),
         "mean_score": sum(scores) / len(scores),
-        "score_interval": list(intervals.mean(scores, (0.0, 1.0))),
+        "score_interval": list(intervals.mean(scores)),
     }
 
 

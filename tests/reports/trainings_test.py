@@ -1,7 +1,10 @@
 """The page of a run: what it says of one that goes on, has ended, was killed, or went wrong."""
 
+import datetime
 import json
+import os
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -89,9 +92,13 @@ def test_numbers_are_the_last_and_the_usual_or_the_best(tmp_path):
         place = text.index(name)
         return text[place + 1 : place + 1 + count]
 
-    assert after("samples per second", 2) == ["64", "64"]  # and not 62, with the compiler's time
+    assert after("samples per second", 2) == ["64", "64"]
     assert after("time that waits for data, %", 2) == ["1.25", "1.25"]
-    assert after("peak memory of a device, GB", 2) == ["21.3", "21.3"]
+    assert after("gradient norm", 2) == ["3", "3"]
+    # What has a trend has no usual value.
+    assert after("loss", 2) == ["0.025", "gradient norm"]
+    assert after("parameter norm", 2) == ["100", "samples per second"]
+    assert after("peak memory of a device, GB", 2) == ["21.3", "peak memory of the process, GB"]
     assert after("held-out loss", 3) == ["0.9", "0.5", "20"]
     assert after("held-out actions with all errors below 0.05, %", 3) == ["10.0", "10.0", "40"]
     thresholds = [t.split()[-2] for t in text if t.startswith("held-out actions")]
@@ -131,7 +138,47 @@ def test_what_is_not_finite_and_what_was_resumed_is_said(tmp_path):
     rows[3]["resumed"] = 3
     text = cells(written(tmp_path, rows))
     assert "Not a finite number: loss at step 2, the first of 3." in text
-    assert "The run was taken up again after step 3." in text
+    assert "The run was taken up again after step 3: the dotted lines." in text
+
+
+def test_memory_is_told_once_where_devices_have_none_of_their_own(tmp_path):
+    rows = [row | {"memory_bytes": row.get("host_memory_bytes")} for row in rows_of(range(1, 5))]
+    text = cells(written(tmp_path, rows))
+    assert text[text.index("peak memory of the process, GB") + 1] == "2"
+    assert "peak memory of a device, GB" not in text
+
+
+def test_times_are_those_of_the_files_and_of_the_steps(tmp_path):
+    rows = [{"step": step, "steps_per_second": 0.5} for step in (10, 20, 35, 40)]
+    rows[0]["steps_per_second"] = 0.1  # 100 s with the compiler
+    rows[2]["resumed"] = 25  # and 25 to 35 take 20 s
+    written(tmp_path, rows)
+    for name, seconds in (("config.json", 86_400 * 365), ("metrics.jsonl", 86_400 * 365 + 7200)):
+        os.utime(tmp_path / name, (seconds, seconds))
+    text = trainings._circumstances(tmp_path, rows)
+    begun = datetime.datetime.fromtimestamp(86_400 * 365).astimezone()
+    assert f"Last begun {begun:%Y-%m-%d %H:%M %Z}, last written {begun.year}-" in text
+    assert "The steps took 2 min 30 s, saving and evaluating aside." in text
+    assert "Drawn by policymix 0." in text
+    os.utime(tmp_path / "config.json")  # somebody touched it: when the run began is not known
+    assert "begun" not in trainings._circumstances(tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"train": {"num_st', "it may be truncated"),
+        (b"\xff\xfe", "is not readable JSON"),
+        (b"[1, 2]", "holds no settings."),
+        (b'{"train": {"num_steps": "many", "seed": [[1], {}]}, "data": 3}', "many"),
+        (b'{"train": 5, "\\ud800": null, "model": {"pi05": "\\ud800"}}', "?"),
+    ],
+)
+def test_settings_that_were_torn_or_edited_do_not_stop_the_page(tmp_path, content, told):
+    (tmp_path / "config.json").write_bytes(content)
+    page = written(tmp_path, rows_of([1, 2]), None)
+    assert any(told in text for text in page.text)
+    assert any("loss 0.5" in text for text in page.text)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, None])
@@ -166,15 +213,76 @@ def test_panels_are_those_of_what_was_measured():
         "flow-matching loss",
         "held-out actions with all errors below a threshold, %",
         "gradient norm, before clipping",
-        "learning rate",
+        "learning rate, in $10^{-5}$",
         "samples per second",
         "time that waits for data, %",
     ]
     assert axes[0].get_yscale() == "log"  # 1 to 0.005
     few = trainings._figure(trainings._curves(rows_of([1, 2, 3]))).axes
-    assert [axis.axison for axis in few] == [True] * 5 + [False]
     assert few[0].get_yscale() == "linear"  # 1 to 0.33
+    # Of five the first is wide, and two stand in each line below it.
+    assert [axis.get_subplotspec().colspan for axis in few] == [
+        *(range(2), range(1), range(1, 2), range(1), range(1, 2)),
+    ]
+    assert [axis.get_subplotspec().rowspan.start for axis in few] == [0, 1, 1, 2, 2]
     assert trainings._figure({}) is None
+
+
+def test_panels_of_speed_begin_after_compiling_and_show_where_the_run_was_resumed():
+    rows = [
+        {"step": step, "samples_per_second": 60.0, "data_wait": 0.01, "loss": 1.0}
+        for step in range(1, 201)
+    ]
+    for start in (0, 100):
+        rows[start] |= {"samples_per_second": 2.0, "data_wait": 0.9}
+    rows.insert(100, {"step": 100, "held_out/loss": 1.0, "resumed": 100})  # the first after it
+    curves = trainings._curves(rows)
+    for name, value in (("samples_per_second", 60.0), ("data_wait", 0.01)):
+        steps, values = curves[name]
+        assert (len(steps), set(values)) == (198, {value})
+        assert not {1, 101} & set(steps)
+    assert len(curves["loss"][0]) == 200
+    loss, speed, wait = trainings._figure(curves).axes
+    assert speed.get_ylim()[1] == pytest.approx(1.08 * 60)
+    assert wait.get_ylim()[1] == 5
+    for axis in (loss, speed, wait):
+        assert [100, 100] in [list(line.get_xdata()) for line in axis.lines]
+
+
+def axis_of(draw, name, values):
+    axis = matplotlib.figure.Figure(figsize=(6, 3)).subplots()
+    curves = {name: (np.arange(len(values)) + 1.0, np.array(values))}
+    return axis, draw(axis, curves, [name])
+
+
+@pytest.mark.parametrize(
+    "ends", [(225, 1200), (225, 12_000), (0.02, 0.5), (0.12, 50), (1e-6, 1e3), (1.01, 5.06)]
+)
+def test_scales_over_factors_have_four_ticks_or_more(ends):
+    axis, _ = axis_of(trainings._draw_gradient, "grad_norm", ends)
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
+    assert 4 <= len(ticks) <= 10
+    assert min(ticks) < 1000
+
+
+@pytest.mark.parametrize(
+    ("highest", "title"),
+    [(2.5e-5, "learning rate, in $10^{-5}$"), (0.02, "learning rate"), (0.0, "learning rate")],
+)
+def test_a_learning_rate_has_one_multiplier(highest, title):
+    axis, told = axis_of(trainings._draw_rate, "learning_rate", [0.0, highest])
+    assert told == title
+    power = 1e-5 if "-5" in title else 1
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [0, highest / power])
+
+
+@pytest.mark.parametrize("best", [0.0, 0.09, 1.0])
+def test_accuracies_are_scaled_to_the_best_and_have_no_tick_above_100(best):
+    axis, _ = axis_of(trainings._draw_accuracies, "held_out/accuracy_0.5", [0.0, best])
+    top = axis.get_ylim()[1]
+    assert 100 * best < top <= max(120 * best, 1)
+    assert all(tick <= 100 for tick in axis.get_yticks() if tick <= top)
 
 
 def test_smoothing_is_the_mean_around():

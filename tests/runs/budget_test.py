@@ -104,7 +104,7 @@ def test_parts_of_a_batch_need_less_at_once():
     whole, quarters = parts(state, mesh), parts(state, mesh, accumulate=4)
     assert whole["activations"] == pytest.approx(4 * quarters["activations"], rel=0.35)
     assert quarters["gradients"] == 2 * whole["gradients"]
-    assert quarters["batches"] == whole["batches"] == 3 * 4 * ROWS * WIDTH
+    assert quarters["batches"] == whole["batches"] == 4 * 4 * ROWS * WIDTH
     spread = parts(state, sharding.mesh())
     assert spread["batches"] * 8 == whole["batches"]
     assert spread["activations"] < quarters["activations"]
@@ -122,17 +122,39 @@ def test_recomputed_layers_are_not_kept():
     assert DEPTH * one <= recomputed < kept
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_it_is_near_what_the_compiler_plans(remat):
-    batch, function = array(ROWS, WIDTH), functools.partial(loss, remat=remat)
+@pytest.mark.parametrize(
+    ("rows", "remat", "most"), [(8, True, 1.1), (8, False, 1.5), (1024, True, 1.1), (64, True, 1.1)]
+)
+def test_it_is_near_what_the_compiler_plans(rows, remat, most):
+    batch, function = array(rows, WIDTH), functools.partial(loss, remat=remat)
     found = budget.activations(function, trees.flatten(PARAMS), {}, batch, KEY)
     step = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(PARAMS, batch, KEY)
-    assert found == pytest.approx(step.compile().memory_analysis().temp_size_in_bytes, rel=0.25)
+    assert 0.8 < found / step.compile().memory_analysis().temp_size_in_bytes < most
+
+
+def test_a_batch_of_more_rows():
+    batch = {"a": np.zeros((2, 3), np.uint8), "b": array(2)}
+    assert budget.with_rows(batch, 8) == {"a": array(8, 3, dtype=jnp.uint8), "b": array(8)}
+
+
+def test_what_is_in_four_bits_is_saved_wide():
+    """Which a small batch's activations are less than."""
+    mesh, path = sharding.mesh(devices=jax.devices()[:1]), "layers/mlp/w"
+    params = {**PARAMS, "layers": {"mlp": {"w": nf4.quantize(array(DEPTH, WIDTH, WIDTH))}}}
+    state = start(params, frozen=(path,))
+    found = budget.parts(
+        state, loss, array(8, WIDTH), KEY,
+        frozen=(path,), mesh=mesh, places=sharding.parameters(mesh, state),
+    )  # fmt: skip
+    assert found["activations"] == 2 * DEPTH * WIDTH**2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("low_rank", [False, True])
-def test_of_a_policy_too(low_rank):
+@pytest.mark.parametrize(
+    ("rows", "low_rank", "remat"),
+    [(1, False, True), (16, False, True), (16, True, True), (16, False, False)],
+)
+def test_of_a_policy_too(rows, low_rank, remat):
     size = variants.Size(128, 6, 512, 4, 1, 32, lora.Lora(2) if low_rank else None)
     config = pi0.Pi0Config(
         paligemma_variant=size,
@@ -145,6 +167,7 @@ def test_of_a_policy_too(low_rank):
         image_keys=("base_0_rgb",),
         image_resolution=(112, 112),
         dtype="float32",
+        remat=remat,
     )
     flat = trees.flatten(pi0.shapes(config))
     trained = {path: leaf for path, leaf in flat.items() if not low_rank or "lora" in path}
@@ -153,8 +176,8 @@ def test_of_a_policy_too(low_rank):
         for path, leaf in flat.items()
         if path not in trained
     }
-    observation = jax.eval_shape(lambda: pi0.example_observation(config, 16))
-    batch = structs.Batch(observation, array(16, 4, 4))
+    observation = jax.eval_shape(lambda: pi0.example_observation(config, rows))
+    batch = structs.Batch(observation, array(rows, 4, 4))
     function = functools.partial(pi0.loss, config)
     found = budget.activations(function, trained, fixed, batch, KEY)
 
@@ -165,7 +188,7 @@ def test_of_a_policy_too(low_rank):
         return jax.value_and_grad(value)(trained)
 
     plan = jax.jit(step).lower(trained, fixed, batch, KEY).compile().memory_analysis()
-    assert 0.7 < found / plan.temp_size_in_bytes < 1.3
+    assert 0.75 < found / plan.temp_size_in_bytes < (1.25 if remat else 1.75)
 
 
 def test_the_table_is_in_units_that_read_well():

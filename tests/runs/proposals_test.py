@@ -44,7 +44,7 @@ def write_dataset(path, *, kept=None, seed=0):
 
 
 def config_of(dataset, **data):
-    config = pi0_pusht.get_config("debug")
+    config = pi0_pusht.get_config("small,debug")
     config.model.update({"image_resolution": (32, 32), "max_token_len": 3, "vocab_size": 64})
     config.model.update({"action_dim": 4, "action_horizon": 5})  # more than the robot has
     config.model.paligemma_variant.depth = config.model.action_expert_variant.depth = 1

@@ -55,8 +55,10 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("policy", [pi0_metaworld, pi0_pusht])
 def test_every_stage_has_a_name_of_its_own(policy, tmp_path):
-    names = quickstart.Quickstart(policy.get_config("debug"), tmp_path).describe().split()
-    whole = policy.get_config("small" if policy is pi0_pusht else "")
+    small = "small" if policy is pi0_pusht else ""
+    debug = policy.get_config(f"{small},debug")
+    names = quickstart.Quickstart(debug, tmp_path).describe().split()
+    whole = policy.get_config(small)
     full = quickstart.Quickstart(whole, tmp_path).describe().split()
     assert len(set(names)) == len(names) == 26
     assert len(set(full)) == len(full) >= 26

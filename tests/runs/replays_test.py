@@ -1,6 +1,7 @@
 """Replay of the nearest demonstration: which one it chooses, what it plays, and what it refuses."""
 
 import dataclasses
+import json
 import types
 
 import ml_collections
@@ -29,7 +30,7 @@ ROOM = {
 }
 
 
-def write(path, starts, pictures=None, prompts=("go", "go", "go"), lengths=LENGTHS):
+def write(path, starts, pictures=None, prompts=("go", "go", "go"), lengths=LENGTHS, speed=0.5):
     """Demonstrations whose actions count up from 100 n; `pictures` [n] are their grey levels."""
     features = {key: f for key, f in ROOM.items() if pictures is not None or "image" not in key}
     with writer.Writer(path, fps=10, features=features, robot_type="room") as dataset:
@@ -37,7 +38,7 @@ def write(path, starts, pictures=None, prompts=("go", "go", "go"), lengths=LENGT
             rise = np.arange(length, dtype=np.float32)[:, None]
             (a,) = features["action"]["shape"]
             episode = {
-                "observation.state": np.asarray(start, np.float32) + 0.5 * rise,
+                "observation.state": np.asarray(start, np.float32) + speed * rise,
                 "action": np.repeat(100 * n + rise, a, axis=1),
             }
             if pictures is not None:
@@ -88,22 +89,46 @@ def test_plays_the_nearest_demonstration_whoever_is_left(tmp_path):
 
 def test_numbers_count_by_their_deviation_in_the_dataset(tmp_path):
     starts = (0, 0, 0), (1000, 0, 0), (0, 1, 0)
-    path = write(tmp_path / "demos", starts, lengths=(1, 1, 1))
-    policy = replays.Replay(config(), path)
+    policy = replays.Replay(config(), write(tmp_path / "demos", starts, speed=0.1))
     # 400 of 1000 is less than 0.9 of 1.
     assert act(policy, [[400, 0, 0], [0, 0.9, 0], [400, 0.9, 0]])[:, 0, 0].tolist() == [0, 200, 200]
 
 
-def test_pictures_count_as_much_as_states(tmp_path):
-    path = write(tmp_path / "demos", STARTS, pictures=(0, 20, 200), lengths=(1, 1, 1))
+@pytest.mark.parametrize("speed", [0.0, 0.5, 300.0])
+def test_pictures_count_as_much_as_states(tmp_path, speed):
+    """However far states go after the first, which alone are compared."""
+    levels = np.array([0, 20, 200])
+    path = write(tmp_path / "demos", STARTS, pictures=levels, speed=speed)
     policy = replays.Replay(config(("base",)), path)
     states = np.full((3, 3), 10)
     assert act(policy, states, pictures=[10, 90, 250])[:, 0, 0].tolist() == [100, 100, 200]
-    z = np.square(np.subtract(STARTS, [2, 2, 2]) / np.std(STARTS, axis=0)).mean(axis=1)
-    levels = np.array([0, 20, 200])
-    wanted = z + np.square(levels - 150) / np.var(levels)
-    found = act(policy, [[2, 2, 2]], pictures=[150])[0, 0, 0]
-    assert found == 100 * wanted.argmin()
+    for level in (60, 90, 115, 150):
+        for place in (2, 8, 19):
+            near = np.square(np.subtract(STARTS, place)).mean(axis=1) / np.var(STARTS, axis=0)[0]
+            near = near + np.square(levels - level) / np.var(levels)
+            chosen = act(policy, [[place] * 3], pictures=[level])[0, 0, 0]
+            assert chosen == 100 * near.argmin()
+
+
+def test_what_is_alike_in_all_starts_says_nothing(tmp_path):
+    starts = [(0.1, 0.7, 1 / 3)] * 3  # whose mean is rounded
+    policy = replays.Replay(config(("base",)), write(tmp_path / "a", starts, (0, 20, 200)))
+    found = act(policy, np.array(starts) + 1e-6, pictures=[190, 30, 1])
+    assert found[:, 0, 0].tolist() == [200, 100, 0]
+    policy = replays.Replay(config(("base",)), write(tmp_path / "b", STARTS, (77, 77, 77)))
+    found = act(policy, [[9, 9, 9], [20, 20, 20], [1, 1, 1]], pictures=[78, 70, 255])
+    assert found[:, 0, 0].tolist() == [100, 200, 0]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_demonstrations_collected_with_noise_are_told_not_to_repeat(tmp_path, capsys, noise):
+    name = write(tmp_path / "demos", STARTS)
+    (tmp_path / "demos" / "collected.json").write_text(json.dumps({"noise": noise}))
+    replays.Replay(config(), name)
+    told = capsys.readouterr().out
+    assert (f"WARNING: {name} was collected with noise=0.2: it holds what the" in told) == (
+        noise > 0
+    )
 
 
 def test_only_demonstrations_of_the_same_prompt_are_chosen(tmp_path):

@@ -1,5 +1,6 @@
 """Roll-outs: whatever plays them, and whatever dies meanwhile, the results are the same."""
 
+import contextlib
 import os
 import signal
 import types
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import common
+from policymix import intervals
 from policymix.runs import encoding, policies, rollouts
 from policymix.sim import envs, workers
 from tests.runs.sim_support import HANDLE, REACH, debug_config, write_policy
@@ -194,6 +196,42 @@ def test_few_numbers_of_rows_are_compiled():
     for num_episodes in (1, 33, 64, 100, 999):
         found = {rollouts._rows(num_episodes, live) for live in range(1, num_episodes + 1)}
         assert len(found) <= 1 + np.log2(max(num_episodes / 32, 1))
+
+
+def test_every_task_is_checked_and_its_environment_made_once(policy, monkeypatch):
+    made, real = [], envs.make
+    odd = types.SimpleNamespace(prompt="odd", features={"action": {"shape": (4,)}})
+
+    def make(task):
+        made.append(task)
+        return odd if task == HANDLE else real(task)
+
+    monkeypatch.setattr(envs, "make", make)
+    config = debug_config(env=f"metaworld/{REACH},{HANDLE}")
+    with pytest.raises(ValueError, match="config.data.state_key is 'observation.state'; the env"):
+        rollouts.check_playable(config, policy)
+    with pytest.raises(ValueError, match="config.data.state_key"):
+        rollouts.play(policy, config)
+    made.clear()
+    monkeypatch.setattr(envs, "make", lambda task: made.append(task) or real(task))
+    found = rollouts.environments(config, [REACH, HANDLE], [policy, policy])
+    assert made == [REACH, HANDLE]
+    assert rollouts.prompts_of(config, found) == PROMPTS
+    config.data.default_prompt = "tidy up"
+    assert set(rollouts.prompts_of(config, found).values()) == {"tidy up"}
+
+
+def test_playing_tells_success_and_scores_with_their_intervals(policy, monkeypatch):
+    results = [rollouts.Result(REACH, k, k < 3, 9, 0.5 + 0.1 * k) for k in range(5)]
+    monkeypatch.setattr(workers, "Pool", lambda n: contextlib.nullcontext())
+    monkeypatch.setattr(rollouts, "roll_out", lambda *_: results)
+    told = rollouts.play(policy, debug_config(env="metaworld/reach-v3", num_episodes=5))
+    assert (told["rollout/success"], told["rollout/score"]) == pytest.approx((0.6, 0.7))
+    assert (told["rollout/low"], told["rollout/high"]) == intervals.wilson(3, 5)
+    scores = [0.5, 0.6, 0.7, 0.8, 0.9]
+    found = told["rollout/score_low"], told["rollout/score_high"]
+    assert found == pytest.approx(intervals.mean(scores))
+    assert len(told) == 6
 
 
 # The noise in the actions

@@ -49,7 +49,7 @@ def test_absent_cameras_are_left_out(monkeypatch):
 
 
 def test_a_policy_without_vocabulary_needs_no_config(tmp_path, capsys):
-    config = pi0_pusht.get_config("debug")
+    config = pi0_pusht.get_config("small,debug")
     model = policies.model_config(config, why="a test")
     store.save_params(pi0.init(model, jax.random.key(0)), tmp_path / "step")
     sampled(common.get_config(), checkpoint=str(tmp_path / "step"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import pi0_state
-from policymix import metrics, nf4, trees
+from policymix import files, metrics, nf4, trees
 from policymix.checkpoints import store
 from policymix.data import lerobot
 from policymix.reports import trainings
@@ -162,3 +162,25 @@ def test_a_metric_line_of_a_resumed_run_is_not_there_twice(tmp_path):
     run(debug_config(num_steps=2, save_every=1, keep_period=1), tmp_path / "run")
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    workdir = tmp_path / "run"
+    run(debug_config(num_steps=1), workdir)
+    with files.holding(workdir):
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="is being written by another process"):
+                run(debug_config(num_steps=2), workdir, overwrite=overwrite)
+    assert int(run(debug_config(num_steps=2), workdir).step) == 2
+
+
+def test_a_resumed_run_needs_room_for_one_checkpoint_more(tmp_path, monkeypatch):
+    run(debug_config(num_steps=1), tmp_path / "run")
+    asked = []
+    monkeypatch.setattr(files, "check_space", lambda path, needed: asked.append(needed))
+    run(debug_config(num_steps=2), tmp_path / "run")
+    run(debug_config(num_steps=1), tmp_path / "new")
+    first, anew = asked
+    on_disk = sum(p.stat().st_size for p in (tmp_path / "run" / "2").rglob("*") if p.is_file())
+    assert anew == 2 * first
+    assert on_disk < 1.1 * first

@@ -251,6 +251,22 @@ def test_an_error_in_one_of_them_ends_it_at_once(tmp_path):
         assert "nowhere" in line
 
 
+@pytest.mark.parametrize("begun", [True, False], ids=["resumed", "new"])
+def test_two_that_see_other_disks_end_at_once(begun, two, tmp_path):
+    """As they do where --workdir is on none that is shared, or one of them has a stale mount."""
+    workdir = tmp_path / "run"
+    if begun:
+        until(two, EVERY, workdir)
+    with running(workdir, second=(f"--workdir={tmp_path / 'other'}",)) as processes:
+        assert processes.wait() == [1, 1]
+        errors = [processes.printed(index, "err").splitlines() for index in (0, 1)]
+    assert len(errors[0]) == len(errors[1]) == 1, errors
+    for (line,) in errors:
+        assert line.startswith("error: ")
+        assert f"{EVERY} in process 0, None in process 1" in line or not begun
+        assert "there in process 0, missing in process 1" in line or begun
+
+
 def test_one_that_dies_takes_the_other_along(tmp_path):
     workdir = tmp_path / "run"
     with running(workdir, "--config.train.num_steps=100000") as processes:
@@ -259,7 +275,8 @@ def test_one_that_dies_takes_the_other_along(tmp_path):
         begun = time.monotonic()
         assert processes.wait(0) == [1]
         assert time.monotonic() - begun < 60
-        assert "error: " in processes.printed(0, "err").splitlines()[-1]
+        line = processes.printed(0, "err").splitlines()[-1]
+        assert line.startswith("error: another process of this run seems to have ended")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """ALOHA moves, scores and looks as gym-aloha does; experts solve its tasks."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -68,6 +71,27 @@ def test_an_episode_is_that_of_gym_aloha_with_the_same_seed(original, task):
 
 
 @both
+def test_many_steps_are_those_of_gym_aloha_up_to_rounding(original, task):
+    """Which contact amplifies: the first touch of a hand is among them in one of the tasks."""
+    theirs, ours = original.AlohaEnv(THEIRS[task], obs_type="pixels_agent_pos"), envs.make(task)
+    inner = theirs._env.task
+    nothing = {"images": {"top": np.zeros(0)}}  # rather than pictures
+    inner.get_observation = lambda physics: {"qpos": inner.get_qpos(physics)} | nothing
+    theirs.reset(seed=0)
+    ours.reset(0)
+    plan = bimanual.plan(task.name, ours.start)[:110]
+    apart = []
+    for action in plan:
+        _, score, _ = ours.step(action, observe=False)
+        assert theirs.step(np.float64(action))[1] == 4 * score
+        found, want = ours._simulation._data.qpos, theirs._env.physics.data.qpos
+        apart.append(np.abs(found - want).max())
+    assert max(apart[:80]) < 1e-9
+    assert max(apart) < 0.01
+    theirs._env.physics.free()
+
+
+@both
 def test_rewards_are_those_of_gym_aloha_and_the_expert_gets_all_of_them(original, task):
     theirs, ours = _official(original, task)._env, aloha.Env(task.name, fast=True)
     ours.reset(0)
@@ -113,8 +137,14 @@ def test_observations_and_actions_are_as_declared(task):
 
 def test_actions_are_radians_clipped_to_the_actuators_and_not_to_one():
     low, high = aloha.ACTION_RANGE
-    limits = aloha.load("transfer_cube").actuator_ctrlrange[[0, 1, 2, 3, 4, 5]]
-    np.testing.assert_allclose(np.transpose([low[:6], high[:6]]), limits, atol=1e-6)
+    limits = aloha.load("transfer_cube").actuator_ctrlrange
+    arms = np.delete(np.arange(16), (6, 7, 14, 15))  # each has two actuators of fingers
+    found = np.transpose([np.delete(low, aloha.GRIPPERS), np.delete(high, aloha.GRIPPERS)])
+    np.testing.assert_allclose(found, limits[arms], atol=1e-6)
+    # A finger's actuator stops a little before its joint's ends, which are what 0 and 1 mean.
+    for joint, finger in zip(aloha.GRIPPERS, (6, 14), strict=True):
+        ends = [aloha.constants.unnormalize_puppet_gripper_position(x[joint]) for x in (low, high)]
+        np.testing.assert_allclose(ends, limits[finger], atol=0.003)
     found = []
     for elbow in (1.0, 1.4, high[2], 9.0):
         env = envs.make(TRANSFER)
@@ -175,6 +205,42 @@ def test_objects_start_in_the_chosen_part(task, ranges):
         assert np.ptp(whole[:, k, 0]) > 0.8 * width
         assert (part[:, k, 0] >= low + 0.5 * width).all()
         assert (part[:, k, 0] <= low + 0.6 * width).all()
+
+
+def test_mujocos_warnings_are_left_alone_until_aloha_is_simulated():
+    program = (
+        "import mujoco\nfrom policymix.sim import aloha\nprint(mujoco.get_mju_user_warning())\n"
+        f"aloha.Env({TRANSFER.name!r}, True)\nprint(mujoco.get_mju_user_warning())"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    before, after = result.stdout.splitlines()
+    assert before == "None"
+    assert "lambda" in after
+    assert result.stderr == ""
+
+
+def test_only_its_experts_attempt_it():
+    for task in TASKS:
+        assert experts.skills(task.simulator) == ("expert",)
+        with pytest.raises(ValueError, match="aloha_fast has no skill 'noisy'; choose of expert"):
+            experts.attempt(task, 0, 5, "noisy")
+
+
+def test_osmesa_takes_the_place_of_an_egl_without_a_driver(monkeypatch):
+    monkeypatch.setattr(aloha, "_LIBRARIES", {"egl": "libEGL.so.1", "osmesa": "libm.so.6"})
+    monkeypatch.setattr(aloha, "_has_driver", lambda egl: False)
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
+    chosen = []
+
+    def imported(name):
+        chosen.append(name)
+        raise ImportError(name)
+
+    monkeypatch.setattr(aloha.importlib, "import_module", imported)
+    with pytest.raises(OSError, match=r"this system cannot \(ImportError: mujoco.osmesa\)"):
+        aloha._gl()
+    assert chosen == ["mujoco.osmesa"]
 
 
 def test_a_step_needs_a_reset():

@@ -1,7 +1,9 @@
 """Tasks by name, and environments whose episodes depend on the seed alone."""
 
 import builtins
+import ctypes.util
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -149,8 +151,57 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(
         return real(name, globals, locals, fromlist, level)
 
     monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
     with pytest.raises(OSError, match=message):
         envs.make(task)
+
+
+MADE = """
+from policymix.sim import envs
+for task in (envs.parse("metaworld", "reach-v3"), envs.parse("aloha_fast", "AlohaInsertion-v0")):
+    try:
+        envs.make(task)
+        print("made")
+    except OSError as error:
+        print(error)
+"""
+
+
+def _made(**variables):
+    """What `envs.make` says in a process with environment variables: a line of each simulator."""
+    unset = {"MUJOCO_GL", "PYOPENGL_PLATFORM"} - variables.keys()
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MADE],
+        capture_output=True, text=True, check=True, env=inherited | variables,
+    )  # fmt: skip
+    assert result.stderr == ""
+    return result.stdout.splitlines()
+
+
+@needs_simulators
+@pytest.mark.skipif(sys.platform != "linux", reason="values of MUJOCO_GL are Linux's")
+@pytest.mark.parametrize("library", ["osmesa", "cgl"])
+def test_an_opengl_that_mujoco_cannot_load_is_named(library):
+    if ctypes.util.find_library(library):
+        pytest.skip("it is there")
+    for simulator, line in zip(("metaworld", "aloha_fast"), _made(MUJOCO_GL=library), strict=True):
+        assert line.startswith(f"{simulator} cannot be imported with MUJOCO_GL={library} (")
+        assert "unset that, or set it to an OpenGL that this system has: egl or osmesa" in line
+
+
+@needs_simulators
+@pytest.mark.skipif(sys.platform != "linux", reason="values of MUJOCO_GL are Linux's")
+@pytest.mark.parametrize("asked", [{}, {"MUJOCO_GL": "egl"}], ids=["unset", "egl"])
+def test_an_opengl_without_a_driver_is_found_before_an_episode(asked):
+    if not ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa"):
+        pytest.skip("it would not be EGL")
+    first, second = _made(__EGL_VENDOR_LIBRARY_DIRS="/nowhere", **asked)
+    assert first == "made"
+    assert second.startswith("ALOHA renders with OpenGL off screen, by EGL or OSMesa (MUJOCO_GL=")
+    assert ("; now it is egl)" in second) == bool(asked)
+    assert "this system cannot" in second
 
 
 @needs_simulators
