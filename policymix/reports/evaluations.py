@@ -257,8 +257,8 @@ def _measured(report: Mapping[str, Any]) -> list[str]:
         facts["losses on"] = str(report["validation"]["path"])
     told = (
         "Every policy met the same starts with the same noise in its actions. Intervals are "
-        "Wilson's, at 95 %; those of mean scores are Student's with two scores of 0 and two of 1 "
-        "added (Agresti and Coull's), so that scores which are all alike do not look certain. They "
+        "Wilson's, at 95 %; those of mean scores are Student's with a score of 0 and one of 1 "
+        "added (Agresti and Caffo's), so that scores which are all alike do not look certain. They "
         "cover the choice of starts, not that of the training seed."
     )
     return [pages.paragraph(told), pages.table([[*pair] for pair in facts.items()], ["", ""])]

@@ -39,6 +39,11 @@ TASKS["aloha_fast"] = TASKS["aloha"]
 MAX_STEPS = {"metaworld": 150, "pusht": 300, "aloha": 400, "aloha_fast": 400}
 _MOST_STEPS = {"metaworld": 500}  # then the simulator itself refuses to go on
 
+_OPENGL = (
+    "unset that, or set it to an OpenGL that this system has: egl or osmesa, on Debian and Ubuntu "
+    "from `apt install libegl1 libegl-mesa0 libgl1-mesa-dri` or `apt install libosmesa6`"
+)
+
 
 class Env(Protocol):
     """An environment: one episode at a time of one task.
@@ -147,7 +152,7 @@ def make(task: Task) -> Env:
 
 def _imported(simulator: str, asked: str) -> Any:
     """The module that plays a simulator's tasks. Importing MuJoCo loads the OpenGL that is asked
-    for, wherever it renders or not, and raises whatever comes up where that is not there.
+    for, whether it is to render or not, and raises whatever comes up where that is not there.
     """
     try:
         if simulator == "metaworld":
@@ -161,21 +166,14 @@ def _imported(simulator: str, asked: str) -> Any:
         from policymix.sim import aloha
 
         return aloha
-    except ModuleNotFoundError:
-        raise
     except Exception as error:
-        if isinstance(error, ImportError) and (simulator == "pusht" or not asked):
+        absent = isinstance(error, ModuleNotFoundError)
+        if absent or simulator == "pusht" or not asked:
             raise
         raise OSError(
-            f"{simulator} cannot be imported{asked and ' with '}{asked} ({type(error).__name__}: "
-            f"{error}): {_OPENGL if asked else 'its packages do not fit together'}"
+            f"{simulator} cannot be imported with {asked} ({type(error).__name__}: {error}): "
+            f"{_OPENGL}"
         ) from error
-
-
-_OPENGL = (
-    "unset that, or set it to an OpenGL that this system has: egl or osmesa, on Debian and Ubuntu "
-    "from `apt install libegl1 libegl-mesa0 libgl1-mesa-dri` or `apt install libosmesa6`"
-)
 
 
 def _asked_opengl() -> str:

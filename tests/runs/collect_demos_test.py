@@ -217,6 +217,11 @@ def test_dry_run_starts_no_process_and_writes_nothing(tmp_path, monkeypatch, cap
         ("metaworld/reach-v3", {"skills": ["exprt"]}, "skills=exprt: expected some of expert,slow"),
         ("metaworld/reach-v3", {"skills": ["slow", "slow"]}, "skills=slow,slow: .* each once"),
         (
+            "aloha_fast/AlohaInsertion-v0",
+            {"skills": ["expert", "noisy"]},
+            "skills=expert,noisy: expected some of expert, each once, which .* aloha_fast has",
+        ),
+        (
             "metaworld/reach-v3",
             {"skills": ["slow"], "noise": 0.1},
             "noise=0.1 is of demonstrations",

@@ -216,7 +216,7 @@ def test_mujocos_warnings_are_left_alone_until_aloha_is_simulated():
     before, after = result.stdout.splitlines()
     assert before == "None"
     assert "lambda" in after
-    assert result.stderr == ""
+    assert "Traceback" not in result.stderr
 
 
 def test_only_its_experts_attempt_it():
@@ -229,7 +229,7 @@ def test_only_its_experts_attempt_it():
 def test_osmesa_takes_the_place_of_an_egl_without_a_driver(monkeypatch):
     monkeypatch.setattr(aloha, "_LIBRARIES", {"egl": "libEGL.so.1", "osmesa": "libm.so.6"})
     monkeypatch.setattr(aloha, "_has_driver", lambda egl: False)
-    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
     chosen = []
 
