@@ -24,7 +24,17 @@ from policymix.data import lerobot, tokenizer, validation
 from policymix.reports import pages
 from policymix.rl import networks
 from policymix.rl.config import LearnerConfig
-from policymix.runs import convert, dump_validation, edit_dataset, mix, offline_rl, requests
+from policymix.runs import (
+    convert,
+    dump_validation,
+    edit_dataset,
+    metadata,
+    mix,
+    offline_rl,
+    requests,
+    train,
+    workdirs,
+)
 from tests import commands, oracle
 from tests.commands import ROOT
 from tests.runs import rl_support
@@ -420,6 +430,11 @@ CASES = {
     "… has no rewards, none of …": lambda p, _: learned(p, rewards=False),
     "every reward of the training episodes is 0": lambda p, _: learned(p, rule="zero"),
     "… not finite at step …": lambda p, _: learned(p, reward_scale=3e38),
+    "…, which the … devices cannot share equally": lambda p, _: trained(p, batch_size=12),
+    "… matches no parameter": lambda p, _: trained(p, freeze=("img",)),
+    "so nothing is left to train": lambda p, _: trained(p, freeze=(".*",)),
+    "… was begun with another config": lambda p, _: trained(p, begun={"seed": 7}),
+    "… is being written by another process": lambda p, _: trained(p, begun={}),
     "remote paths need …": no_hub,
     "the server answered …": lambda p, m: served(p, m, status=500),
     "…: run it again to go on there": lambda p, m: served(p, m, cut=10),
@@ -429,6 +444,21 @@ WARNED = {  # of what is printed, and goes on
         p, temperature=1e-6, max_weight=0.0, normalize_weights=True, batch_size=32
     ),
 }
+
+
+def trained(places: Places, *, begun: dict | None = None, **settings) -> None:
+    """Plans a small run, where another was begun, and is still going on, if `begun` is given."""
+    config = pi0_state.get_config("debug")
+    workdir = places.folder / "training"
+    config.train.update({"batch_size": 8} | settings)
+    if begun is None:
+        train.train(config, workdir, dry_run=True)
+        return
+    whole = metadata.complete(config, rate=True)
+    record = {section: whole[section].to_dict() for section in ("model", "data", "train")}
+    record["train"] |= begun
+    with workdirs.taken(workdir, record, overwrite=False):
+        train.train(config, workdir)
 
 
 def test_every_quoted_message_has_its_case():
