@@ -24,6 +24,7 @@ _FOR = {
     "tpu": "TPUs",
     "rlds": "building RLDS datasets; reading them needs none",
     "hub": "download.py, gs:// and hf:// paths",
+    "wandb": "config.train.wandb",
     "torch": "open-pi-zero's .pt checkpoints",
     "notebooks": "experiments/notebooks",
     "dev": "make test",

@@ -202,7 +202,7 @@ def lora(tmp_path_factory):
     return config, path
 
 
-@pytest.mark.parametrize("form", ["orbax", "lerobot"])
+@pytest.mark.parametrize("form", [pytest.param("orbax", marks=pytest.mark.slow), "lerobot"])
 def test_a_merged_checkpoint_computes_what_its_updates_did(lora, form, tmp_path):
     config, path = lora
     told = run(path, tmp_path / "plain", form, config, merge_lora=True)

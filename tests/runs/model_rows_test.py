@@ -107,7 +107,10 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("measure", ROWS)
+@pytest.mark.parametrize(
+    "measure",
+    [pytest.param(m, marks=pytest.mark.slow) if m is model_rows.step_row else m for m in ROWS],
+)
 def test_a_row_measures_both_sides(measure):
     (row,) = measure(CONFIG)
     assert row.name == ROWS[measure]
@@ -120,7 +123,10 @@ def test_a_row_measures_both_sides(measure):
         assert min(peaks) > 3 * 4 * trees.num_params(pi0.shapes(CONFIG))
 
 
-@pytest.mark.parametrize("measure", [model_rows.all_cameras_row, model_rows.step_row])
+@pytest.mark.parametrize(
+    "measure",
+    [model_rows.all_cameras_row, pytest.param(model_rows.step_row, marks=pytest.mark.slow)],
+)
 def test_a_row_whose_sides_disagree_is_refused(measure, monkeypatch):
     plainly, loss = model_rows.sample_plainly, model_rows.whole_loss
     monkeypatch.setattr(model_rows, "sample_plainly", lambda *args: plainly(*args) * 1.001)

@@ -164,7 +164,8 @@ def test_a_landscape_of_four_is_refused_before_any_work(request_for, singles):
 # A search that reads from disk
 
 
-@pytest.mark.parametrize("method", ["bfgs", pytest.param("gauss_newton", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bfgs", "gauss_newton"])
 def test_a_search_on_disk_finds_what_one_in_memory_finds(method, request_for, tmp_path):
     found = []
     for where in ("memory", "disk"):

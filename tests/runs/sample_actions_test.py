@@ -34,6 +34,7 @@ def test_a_config_of_another_model_is_refused():
         sampled(pi05_libero.get_config("debug"), checkpoint=str(oracle.step("pi0", "base")))
 
 
+@pytest.mark.slow
 def test_absent_cameras_are_left_out(monkeypatch):
     seen = []
 
@@ -48,6 +49,7 @@ def test_absent_cameras_are_left_out(monkeypatch):
     assert seen[0] == (("left_wrist_0_rgb",), ["left_wrist_0_rgb"])
 
 
+@pytest.mark.slow
 def test_a_policy_without_vocabulary_needs_no_config(tmp_path, capsys):
     config = pi0_pusht.get_config("small,debug")
     model = policies.model_config(config, why="a test")

@@ -99,7 +99,7 @@ def test_the_transform_resizes_every_camera():
     assert images.Resize(8, 8).apply({"state": 1}) == {"state": 1}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_augmentation_is_openpis_for_the_same_key(compiled, dtype):
     """Golden pictures by augmax: `tests/transforms/openpi_golden.py` says how to renew them."""
