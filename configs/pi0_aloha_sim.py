@@ -90,6 +90,8 @@ def _small(task: str) -> ml_collections.ConfigDict:
         {"batch_size": 32, "num_steps": 10_000, "warmup_steps": 200, "decay_steps": 10_000}
     )
     config.train.update({"learning_rate": 1e-3, "final_learning_rate": 1e-5, "ema_decay": 0.995})
+    # As in pi0_pusht.py: what all pictures share would drown the cube.
+    config.train.learning_rates = ("PaliGemma/img/embedding/kernel=0.03",)
     config.train.update({"log_every": 100, "save_every": 1000, "keep_period": 0})
     config.evaluate.update({"env": f"aloha_fast/{task}", "num_episodes": 100, "replan_steps": 25})
     return config
