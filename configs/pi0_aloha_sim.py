@@ -9,15 +9,17 @@ here.
 `:insertion` is the same for the other task. Both are trained on pictures as gym-aloha draws them,
 and so are evaluated with them, 14 a second on a CPU.
 
-`:small` learns the transfer from the scripted expert on two CPU cores; `:small,insertion` the
-insertion.
+`:small` trains on the scripted expert's transfers, on two CPU cores; `:small,insertion` on its
+insertions.
   python experiments/collect_demos.py --config=configs/pi0_aloha_sim.py:small --num_episodes=50 \
     --output=demos
   python experiments/train.py --config=configs/pi0_aloha_sim.py:small --config.data.path=demos \
     --workdir=runs/small
   python experiments/evaluate.py --config=configs/pi0_aloha_sim.py:small \
-    --checkpoints=runs/small/10000 --output=evaluations/small
+    --checkpoints=runs/small/10000,nearest:demos --output=evaluations/small
 
+It does not learn the transfer yet: after 6,000 steps it had 3 of 50 successes, where replaying the
+nearest of 50 demonstrations has 76 of 100. It sees where the cube is, but not to the centimetre.
 Its model: 0.9 M parameters, the top camera in 48 patches of 20 × 20 pixels, both arms' joints,
 chunks of 50 joint targets of which 25 are played; no prompt, there being one task. `:debug`, alone
 or with `small`, takes four steps.
