@@ -53,7 +53,7 @@ def test_the_workflow_from_data_to_a_mix(tmp_path):
         )
         out = succeeds("train.py", *arguments)
         assert "27 arrays are newly initialised" in out
-        assert "step 4  " in out
+        assert "step 4/4  " in out
     checkpoints = f"--checkpoints={tmp_path / '1' / '4'},{tmp_path / '2' / '4'}"
     succeeds("dump_validation.py", STATE, f"--output={tmp_path / 'val.npz'}", "--num_batches=3")
     out = succeeds(
