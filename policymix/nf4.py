@@ -82,6 +82,14 @@ def quantize(leaf: Any, leading: int = 1) -> Nf4:
     return _quantize(leaf, leading)
 
 
+def by_layers(array: np.ndarray) -> Nf4:
+    """[layers, matrix] of the host → Nf4 of the host, the same as `quantize` makes it: a device
+    sees a layer at a time, so that it needs not the room for all.
+    """
+    parts = [jax.device_get(quantize(layer, leading=0)) for layer in array]
+    return jax.tree.map(lambda *layers: np.stack(layers), *parts)
+
+
 def dequantize(leaf: Any) -> Any:
     """Nf4 → bfloat16 [leading axes, matrix]; any other leaf as it is.
 

@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(policymix.__file__).parent
 FLOORS = (
     {"": ("structs", "trees")},
     {
-        "": ("intervals", "nf4"),
+        "": ("intervals", "nf4", "sharding"),
         "models": (
             "siglip",
             "lora",
@@ -62,7 +62,6 @@ FLOORS = (
             "memory",
             "processes",
             "distributed",
-            "sharding",
             "trackers",
             "metrics",
             "hub",

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from policymix import nf4, sharding, trees
+from policymix import sharding, trees
 from policymix.structs import LossFn, PyTree
 
 _BATCHES = 4  # the present one, those that `loader.placed` has ready, and one on its way there
@@ -68,12 +68,8 @@ def parts(
         "gradients": own * (2 if accumulate > 1 else 1),
     }
     at_work = activations(loss_fn, trained, fixed, _share(batch, mesh.size * accumulate), key)
-    # When the activations are gone, the optimizer's states are fetched, and to be saved what is in
-    # 4 bits is made wide, one after another.
-    wide = [
-        trees.nbytes(nf4.dequantize(leaf)) for leaf in fixed.values() if isinstance(leaf, nf4.Nf4)
-    ]
-    bytes_of["activations"] = max(at_work, bytes_of["optimizer, on the host"], *wide)
+    # When the activations are gone, the optimizer's states are fetched.
+    bytes_of["activations"] = max(at_work, bytes_of["optimizer, on the host"])
     return bytes_of
 
 

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from policymix import nf4, trees
+from policymix import nf4, sharding, trees
 from policymix.checkpoints import keymaps, store
 from policymix.models import lora, pi0, recognize
 from policymix.runs import policies, train_settings
@@ -75,12 +75,9 @@ def place(
 def _put(array: np.ndarray, keep: Any, place: Any) -> Any:
     """A host array, which every process has whole, on its devices as it is kept."""
     small = jax.eval_shape(keep, array)
-    if not isinstance(small, nf4.Nf4):
-        array = array.astype(small.dtype)
-        if jax.process_count() == 1:
-            return jax.device_put(array, place)
-        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
-    return jax.jit(keep, out_shardings=place)(array)
+    if isinstance(small, nf4.Nf4):
+        return jax.tree.map(sharding.put_whole, nf4.by_layers(array), place)
+    return sharding.put_whole(array.astype(small.dtype), place)
 
 
 def _some(paths: list[str]) -> str:

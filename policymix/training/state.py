@@ -7,10 +7,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from policymix import nf4, trees
+from policymix import nf4, sharding, trees
 from policymix.structs import LossFn, Metrics, Params, PyTree
 
 
@@ -74,15 +75,24 @@ class TrainState:
 
 def _array(leaf: Any) -> Any:
     """What an Nf4 stands for: in the host's memory, since all of them together would not fit beside
-    the state. Where processes share it, each has the whole of it there, and the devices one whole
-    leaf at a time.
+    the state, and brought there by layers, which are all that the devices have wide. Where
+    processes share it, each has the whole of it.
     """
-    wide = nf4.dequantize(leaf)
-    if wide is leaf or not isinstance(wide, jax.Array):
-        return wide
-    if wide.is_fully_addressable:
-        return jax.device_get(wide)
-    return multihost_utils.process_allgather(wide, tiled=True)
+    if not isinstance(leaf, nf4.Nf4) or not isinstance(leaf.codes, jax.Array):
+        return nf4.dequantize(leaf)
+    wide = np.empty(leaf.shape, leaf.dtype)
+    for number in range(len(wide)):
+        layer = _layer(leaf, number)
+        if layer.is_fully_addressable:
+            wide[number] = jax.device_get(layer)
+        else:
+            wide[number] = multihost_utils.process_allgather(layer, tiled=True)
+    return wide
+
+
+@jax.jit
+def _layer(leaf: nf4.Nf4, number: jax.Array) -> jax.Array:
+    return nf4.dequantize(jax.tree.map(lambda x: x[number], leaf))
 
 
 def _as(leaf: Any, given: Any) -> Any:
@@ -93,9 +103,8 @@ def _as(leaf: Any, given: Any) -> Any:
         return given
     if given.shape != leaf.shape:  # of other arrays Orbax sees it
         raise ValueError(f"a matrix is {given.shape} there; expected {leaf.shape}")
-    narrow = functools.partial(nf4.quantize, leading=given.ndim - len(leaf.matrix))
     place = jax.tree.map(lambda x: x.sharding, leaf)
-    return jax.jit(narrow, out_shardings=place)(given)
+    return jax.tree.map(sharding.put_whole, nf4.by_layers(given), place)
 
 
 def split(params: Params, frozen: Collection[str]) -> tuple[Params, Params]:

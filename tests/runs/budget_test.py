@@ -137,18 +137,6 @@ def test_a_batch_of_more_rows():
     assert budget.with_rows(batch, 8) == {"a": array(8, 3, dtype=jnp.uint8), "b": array(8)}
 
 
-def test_what_is_in_four_bits_is_saved_wide():
-    """Which a small batch's activations are less than."""
-    mesh, path = sharding.mesh(devices=jax.devices()[:1]), "layers/mlp/w"
-    params = {**PARAMS, "layers": {"mlp": {"w": nf4.quantize(array(DEPTH, WIDTH, WIDTH))}}}
-    state = start(params, frozen=(path,))
-    found = budget.parts(
-        state, loss, array(8, WIDTH), KEY,
-        frozen=(path,), mesh=mesh, places=sharding.parameters(mesh, state),
-    )  # fmt: skip
-    assert found["activations"] == 2 * DEPTH * WIDTH**2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "low_rank", "remat"),
