@@ -26,8 +26,8 @@ and sees the block's pose; the second half is made under noise, which shows how 
   python experiments/evaluate.py --config=configs/pi0_pusht.py:small --output=evaluations/small \
     --checkpoints=runs/small/10000,nearest:demos/clean
 
-Measured on an AMD EPYC: the demonstrations take 11 minutes of one core, the training 17. On 100
-starts the policy has the mean best score 0.44, 95 % interval [0.38, 0.51], and succeeds in 10; the
+Measured on an AMD EPYC: the demonstrations take 11 minutes of one core, the training 20. On 100
+starts the policy has the mean best score 0.46, 95 % interval [0.38, 0.53], and succeeds in 15; the
 nearest of the 300 demonstrations has 0.24 [0.20, 0.30] and succeeds in 1; a disc that stands still
 has 0.06. One training seed. `make quickstart SIM=pusht` trains the same network for less.
 `:debug` takes four steps of a small network, of half of `:small`'s depth with it. PushT needs a

@@ -199,6 +199,7 @@ FLOORS = (
             "rlds_sides",
             "data_rows",
             "training_rows",
+            "memory_rows",
             "benchmark",
             "lanes",
             "stages",

@@ -3,14 +3,17 @@ step.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from policymix import distributed, files, memory, trees
 from policymix.checkpoints import assets, layout, series
@@ -71,6 +74,95 @@ def prepared(
     """All that `train` does before its first step: what `training_loop.go` takes; None for
     `dry_run`.
     """
+    plan = planned(config, workdir, devices=devices, overwrite=overwrite)
+    config, update, pipeline = plan.config, plan.update, plan.pipeline
+    _print_plan(plan)
+    filled = None if plan.resumed else first_params.fill(config, plan.model)
+    if dry_run:
+        print(budget.table(plan.memory()))
+        print("dry run: nothing was computed, nothing was written")
+        yield None
+        return
+    _check_space(plan, overwrite=overwrite)
+    memory.keep_freed()
+    t, workdir = config.train, plan.workdir
+    with (
+        workdirs.taken(workdir, plan.record, overwrite=overwrite),
+        contextlib.ExitStack() as opened,
+    ):
+        saved = series.Series(workdir, max_to_keep=t.max_to_keep, keep_period=t.keep_period or None)
+        opened.callback(saved.close)
+        if plan.resumed:
+            state = saved.restore(plan.like, plan.places)
+            print(f"resumed from step {plan.resumed.name} of {workdir}")
+        else:
+            key = jax.random.key(t.seed)
+            params = first_params.place(filled, plan.model, update, plan.places.params, key)
+            start = functools.partial(train_settings.start, update)
+            state = jax.jit(start, out_shardings=plan.places, donate_argnums=0)(params)
+        ancestor = plan.resumed or t.init_from
+        inherited = assets.trainings_of(ancestor) if ancestor else []
+        seen = pipeline.encoder.seen
+        run = training_loop.Run(
+            config=config,
+            workdir=workdir,
+            pipeline=pipeline,
+            mesh=plan.mesh,
+            step_fn=train_settings.compiled(update, plan.model, seen, plan.mesh),
+            rates=plan.rates,
+            saved=saved,
+            beside=series.Assets(pipeline.norm_stats, [*pipeline.trainings(), *inherited]),
+            held_out=_held_out(config, pipeline, plan.mesh),
+        )
+        yield run, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run before anything is computed or written.
+
+    Attributes:
+      record: of the config, what is kept beside the run; resumed: the step directory it goes on
+        from, or None.
+      rates: float32 [num_steps], the learning rate of each.
+      like: the train state, of shapes; places: where it lies.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    model: pi0.Pi0Config
+    update: train_settings.Update
+    mesh: jax.sharding.Mesh
+    rates: np.ndarray
+    record: dict[str, Any]
+    resumed: pathlib.Path | None
+    pipeline: pipeline_lib.Pipeline
+    like: TrainState
+    places: TrainState
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that a step needs on each device, by part. Of examples, two are looked at."""
+        seen, size = self.pipeline.encoder.seen, self.config.train.batch_size
+        return budget.parts(
+            self.like,
+            policies.loss_fn(seen, augment=self.update.augment),
+            budget.with_rows(self.pipeline.batch(0, min(size, 2)), size),
+            jax.random.key(self.config.train.seed),
+            frozen=self.update.frozen,
+            mesh=self.mesh,
+            places=self.places,
+            accumulate=self.update.accumulate,
+        )
+
+
+def planned(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """What `train` would do. Raises as it does."""
     config = metadata.complete(config, rate=True)
     model = policies.model_config(config, why="training")
     workdir = files.local(workdir)
@@ -89,41 +181,9 @@ def prepared(
         rollouts.check_playable(config, policies.Live(str(workdir), {}, pipeline.encoder))
     like = train_settings.state_shapes(update, model)
     places = train_settings.state_places(update, mesh, like)
-    _print_plan(config, model, update, pipeline, like, mesh, workdir)
-    filled = None if resumed else first_params.fill(config, model)
-    key = jax.random.key(config.train.seed)
-    if dry_run:
-        _print_budget(config, update, pipeline, like, places, mesh, key)
-        print("dry run: nothing was computed, nothing was written")
-        yield None
-        return
-    _check_space(config, workdir, like, overwrite=overwrite)
-    memory.keep_freed()
-    t = config.train
-    with workdirs.taken(workdir, record, overwrite=overwrite), contextlib.ExitStack() as opened:
-        saved = series.Series(workdir, max_to_keep=t.max_to_keep, keep_period=t.keep_period or None)
-        opened.callback(saved.close)
-        if resumed:
-            state = saved.restore(like, places)
-            print(f"resumed from step {latest} of {workdir}")
-        else:
-            params = first_params.place(filled, model, update, places.params, key)
-            start = functools.partial(train_settings.start, update)
-            state = jax.jit(start, out_shardings=places, donate_argnums=0)(params)
-        ancestor = resumed or t.init_from
-        inherited = assets.trainings_of(ancestor) if ancestor else []
-        run = training_loop.Run(
-            config=config,
-            workdir=workdir,
-            pipeline=pipeline,
-            mesh=mesh,
-            step_fn=train_settings.compiled(update, model, pipeline.encoder.seen, mesh),
-            rates=rates,
-            saved=saved,
-            beside=series.Assets(pipeline.norm_stats, [*pipeline.trainings(), *inherited]),
-            held_out=_held_out(config, pipeline, mesh),
-        )
-        yield run, state
+    return Plan(
+        config, workdir, model, update, mesh, rates, record, resumed, pipeline, like, places
+    )
 
 
 def _check_workdir(config, workdir: pathlib.Path, record, *, overwrite: bool) -> None:
@@ -137,11 +197,11 @@ def _check_workdir(config, workdir: pathlib.Path, record, *, overwrite: bool) ->
     )
 
 
-def _check_space(config, workdir: pathlib.Path, like: TrainState, *, overwrite: bool) -> None:
+def _check_space(plan: Plan, *, overwrite: bool) -> None:
     """While a checkpoint is written the ones before it stay."""
-    size = trees.nbytes(like.policy_params) + trees.nbytes(like.rest())
-    there = len(layout.steps_of(workdir)) if workdir.exists() and not overwrite else 0
-    files.check_space(workdir, size * max(1, config.train.max_to_keep + 1 - there))
+    size = trees.nbytes(plan.like.policy_params) + trees.nbytes(plan.like.rest())
+    there = len(layout.steps_of(plan.workdir)) if plan.workdir.exists() and not overwrite else 0
+    files.check_space(plan.workdir, size * max(1, plan.config.train.max_to_keep + 1 - there))
 
 
 def _held_out(config, pipeline, mesh) -> held_out.HeldOut | None:
@@ -151,40 +211,20 @@ def _held_out(config, pipeline, mesh) -> held_out.HeldOut | None:
     return found if found else None
 
 
-def _print_plan(config, model, update, pipeline, like: TrainState, mesh, workdir) -> None:
-    devices = mesh.devices.flat
-    total = trees.num_params(pi0.shapes(model))
-    flat = trees.flatten(pi0.shapes(model))
-    still = sum(math.prod(flat[path].shape) for path in update.frozen)
+def _print_plan(plan: Plan) -> None:
+    flat = trees.flatten(pi0.shapes(plan.model))
+    still = sum(math.prod(flat[path].shape) for path in plan.update.frozen)
     data = "; ".join(
         f"data {source.dataset.path}: {len(source.train_episodes)} episodes to train on, "
         f"{len(source.held_out_episodes)} held out, {source.dataset.num_frames} frames in all"
-        for source in pipeline.sources
+        for source in plan.pipeline.sources
     )
-    t = config.train
+    t, mesh = plan.config.train, plan.mesh
     print(
-        f"{mesh.size} × {devices[0].device_kind} as {dict(mesh.shape)}; "
-        f"{'π0.5' if model.pi05 else 'π0'} of {total:,} parameters ({still:,} frozen, kept in "
-        f"{update.frozen_dtype}), computed in {model.dtype}; state "
-        f"{trees.nbytes(like) / 1e6:,.1f} MB\n"
-        f"{data}; norm stats from {pipeline.norm_stats_from}\n"
-        f"{t.num_steps} steps of {t.batch_size} by {t.optimizer}; checkpoints in {workdir}"
+        f"{mesh.size} × {mesh.devices.flat[0].device_kind} as {dict(mesh.shape)}; "
+        f"{'π0.5' if plan.model.pi05 else 'π0'} of {trees.num_params(flat):,} parameters "
+        f"({still:,} frozen, kept in {plan.update.frozen_dtype}), computed in "
+        f"{plan.model.dtype}; state {trees.nbytes(plan.like) / 1e6:,.1f} MB\n"
+        f"{data}; norm stats from {plan.pipeline.norm_stats_from}\n"
+        f"{t.num_steps} steps of {t.batch_size} by {t.optimizer}; checkpoints in {plan.workdir}"
     )
-
-
-def _print_budget(config, update, pipeline, like: TrainState, places, mesh, key) -> None:
-    """What a step needs, of shapes: of examples, two are looked at."""
-    loss_fn = policies.loss_fn(pipeline.encoder.seen, augment=update.augment)
-    size = config.train.batch_size
-    batch = budget.with_rows(pipeline.batch(0, min(size, 2)), size)
-    parts = budget.parts(
-        like,
-        loss_fn,
-        batch,
-        key,
-        frozen=update.frozen,
-        mesh=mesh,
-        places=places,
-        accumulate=update.accumulate,
-    )
-    print(budget.table(parts))

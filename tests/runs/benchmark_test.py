@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import pi0_libero, pi0_metaworld
-from policymix.runs import benchmark, data_rows, measurements, policies, soft_rows
+from policymix.runs import benchmark, data_rows, measurements, memory_rows, policies, soft_rows
 from tests.runs import optimizer_rows_test, rl_rows_test
 
 pytest.importorskip("metaworld")
@@ -17,6 +17,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(benchmark, "_STEPS", 2)
     monkeypatch.setattr(benchmark, "_EPISODES", 2)
     monkeypatch.setattr(benchmark, "_EPISODE_STEPS", 8)
+    for name, value in (("_WIDTH", 64), ("_SMALL", 32), ("_DEPTH", 2)):
+        monkeypatch.setattr(memory_rows, name, value)
+    kept = list(memory_rows._WAYS.items())[::3]  # each takes two processes
+    monkeypatch.setattr(memory_rows, "_WAYS", dict(kept))
 
 
 def run(rows):

@@ -159,15 +159,27 @@ def test_init_from_of_another_shape_names_the_key(straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one_does(tmp_path):
+@pytest.mark.parametrize(("devices", "fsdp_devices"), [(2, 1), (8, 1), (2, 2), (8, 4)])
+def test_several_devices_train_as_one_does(devices, fsdp_devices, tmp_path):
+    """To the middle; from there two go on with what they have written, and one alone does."""
     config = debug_config(num_steps=2, batch_size=8)
+    several = debug_config(num_steps=2, batch_size=8)
+    several.train.update({"fsdp_devices": fsdp_devices, "shard": (".*/mlp/linear=1",)})
     run(config, tmp_path / "one")
-    train.train(config, tmp_path / "eight")
-    one, eight = (
-        [row["loss"] for row in metrics.read(tmp_path / n / "metrics.jsonl")]
-        for n in ("one", "eight")
+    train.train(several, tmp_path / "several", devices=jax.devices()[:devices])
+    shutil.copytree(tmp_path / "several", tmp_path / "changed")
+    for settings in (config, several):
+        settings.train.num_steps = 4
+    run(config, tmp_path / "one")
+    train.train(several, tmp_path / "several", devices=jax.devices()[:devices])
+    run(config, tmp_path / "changed")
+    one, *others = (
+        [row["loss"] for row in metrics.read(tmp_path / name / "metrics.jsonl")]
+        for name in ("one", "several", "changed")
     )
-    np.testing.assert_allclose(one, eight, rtol=1e-5)
+    assert len(one) == 4
+    for losses in others:
+        np.testing.assert_allclose(one, losses, rtol=1e-5)
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
