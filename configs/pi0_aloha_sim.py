@@ -10,19 +10,23 @@ here.
 and so are evaluated with them, 14 a second on a CPU.
 
 `:small` trains on the scripted expert's transfers, on two CPU cores; `:small,insertion` on its
-insertions.
-  python experiments/collect_demos.py --config=configs/pi0_aloha_sim.py:small --num_episodes=50 \
+insertions, which was not measured.
+  python experiments/collect_demos.py --config=configs/pi0_aloha_sim.py:small --num_episodes=30 \
     --output=demos
   python experiments/train.py --config=configs/pi0_aloha_sim.py:small --config.data.path=demos \
     --workdir=runs/small
   python experiments/evaluate.py --config=configs/pi0_aloha_sim.py:small \
-    --checkpoints=runs/small/10000,nearest:demos --output=evaluations/small
+    --checkpoints=runs/small/8000,nearest:demos --output=evaluations/small
 
-It does not learn the transfer yet: after 6,000 steps it had 3 of 50 successes, where replaying the
-nearest of 50 demonstrations has 76 of 100. It sees where the cube is, but not to the centimetre.
-Its model: 0.9 M parameters, the top camera in 48 patches of 20 × 20 pixels, both arms' joints,
-chunks of 50 joint targets of which 25 are played; no prompt, there being one task. `:debug`, alone
-or with `small`, takes four steps.
+Measured on an AMD EPYC, in minutes of one core: 0.7, 45 and 1.6. Of 200 starts the policy solves
+85.5 %, 95 % interval [80, 90], and the nearest of the 30 demonstrations 56.5 % [50, 63]. One
+training seed.
+Its model: 0.8 M parameters, the top camera at 24 × 32 pixels in twelve patches, both arms' joints,
+chunks of 50 joint targets of which 25 are played; no prompt, there being one task. The cube must be
+found to 1.5 cm, and thirty demonstrations show thirty places: brought to so few pixels, by means of
+those around, a picture changes evenly as the cube moves, and places in between are learned with the
+others. At 120 × 160 pixels in 48 patches a like network solved 3 of 50, after 6,000 steps on 45
+demonstrations. `:debug`, alone or with `small`, takes four steps.
 """
 
 import ml_collections
@@ -73,7 +77,7 @@ def _small(task: str) -> ml_collections.ConfigDict:
                 "mlp_dim": 128,
                 "depth": 2,
                 "num_heads": 2,
-                "patch": 20,
+                "patch": 8,
             },
             "vocab_size": 8,
             "pi05": False,
@@ -81,7 +85,7 @@ def _small(task: str) -> ml_collections.ConfigDict:
             "action_horizon": 50,
             "max_token_len": 0,
             "image_keys": ("base_0_rgb",),
-            "image_resolution": (120, 160),
+            "image_resolution": (24, 32),
             "dtype": "float32",
             "remat": False,
         }
@@ -89,11 +93,11 @@ def _small(task: str) -> ml_collections.ConfigDict:
     config.data.cameras = {"base_0_rgb": "observation.images.top"}
     config.data.held_out = 0.0
     config.train.update(
-        {"batch_size": 32, "num_steps": 10_000, "warmup_steps": 200, "decay_steps": 10_000}
+        {"batch_size": 64, "num_steps": 8_000, "warmup_steps": 200, "decay_steps": 8_000}
     )
     config.train.update({"learning_rate": 1e-3, "final_learning_rate": 1e-5, "ema_decay": 0.995})
     # As in pi0_pusht.py: what all pictures share would drown the cube.
-    config.train.learning_rates = ("PaliGemma/img/embedding/kernel=0.03",)
+    config.train.learning_rates = ("PaliGemma/img/embedding/kernel=0.3",)
     config.train.update({"log_every": 100, "save_every": 1000, "keep_period": 0})
-    config.evaluate.update({"env": f"aloha_fast/{task}", "num_episodes": 100, "replan_steps": 25})
+    config.evaluate.update({"env": f"aloha_fast/{task}", "num_episodes": 200, "replan_steps": 25})
     return config

@@ -10,7 +10,11 @@ the quickstart trains. On a π0.5 of 108 M parameters in float32: `cameras`, sam
 with one camera of three, the others dropped against masked; `all_cameras`, sampling with all three
 against OpenPI's way; `samples`, eight of one observation in one call against eight. On one of 37 M:
 a `step` of training at batch 1 against one that runs all of the last layer, with the peak memory of
-both.
+both. Of training as a whole: `loop_of_training`, the loop against its compiled step alone;
+`feeding`, pictures decoded on the way against decoded ones; `saving`, steps that write a checkpoint
+against others; `adam_8bit`, moments in 8 bits against float32; `memory`, four ways to train a π0 of
+159 M parameters, their peaks beside what --dry_run foresees, in processes of their own. The others
+read data and learn from rewards: `--dry_run` lists all.
 """
 
 from absl import flags

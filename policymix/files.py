@@ -84,6 +84,11 @@ def check_space(path: pathlib.Path, needed: int) -> None:
         )
 
 
+def size(path: pathlib.Path) -> int:
+    """Bytes of all files in a directory."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 @contextlib.contextmanager
 def whole_directory(path: pathlib.Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """Yields an empty directory that takes the place of `path` if the block ends without an error.

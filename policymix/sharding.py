@@ -211,8 +211,12 @@ def put(tree: PyTree, place: NamedSharding) -> PyTree:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
 
-def put_whole(array: np.ndarray, place: NamedSharding) -> jax.Array:
-    """A host array that every process has whole, on its devices."""
+def put_whole(tree: PyTree, places: PyTree) -> PyTree:
+    """Host arrays that every process has whole, on their devices."""
     if jax.process_count() == 1:
-        return jax.device_put(array, place)
-    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+        return jax.device_put(tree, places)
+
+    def put(array, place):
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+    return jax.tree.map(put, tree, places)

@@ -239,7 +239,7 @@ ROWS = {  # name: how it is measured, and what it is given
     "feeding": (training_rows.feeding_row, "policy"),  # the same, pictures decoded on the way
     "saving": (training_rows.saving_row, "policy"),  # a checkpoint every ten steps
     "adam_8bit": (optimizer_rows.adam_8bit_row, "optimizer"),  # 31 M parameters
-    "memory": (memory_rows.memory_row, "policy"),  # four ways to train 147 M parameters
+    "memory": (memory_rows.memory_row, "policy"),  # four ways to train a π0 of 159 M parameters
     "items": (data_rows.items_row, "data"),  # chunks of 50, no pictures
     "pictures": (data_rows.picture_row, "data"),  # a 96-px PNG each
     "videos": (data_rows.video_row, "data"),  # AV1, in random order and in runs

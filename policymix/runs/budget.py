@@ -151,7 +151,7 @@ def _peak(jaxpr: core.Jaxpr, results: int | None = None) -> int:
     total = most = 0
     for number, equation in enumerate(jaxpr.eqns):
         # What a scan stacks is made apart from the stack.
-        carries = equation.params.get("num_carry")
+        carries = len(_carried(equation)) if equation.primitive.name == "scan" else None
         inner = max((_peak(body, carries) for body in _bodies(equation)), default=0)
         for var in equation.outvars:
             alive[var] = 0 if var in free else _size(var)
@@ -182,9 +182,23 @@ def _in_place(
 def _overwritten(equation: core.JaxprEqn) -> list[core.Var]:
     """What an equation may write its results over: operands of arithmetic, a loop's carries."""
     if equation.primitive.name == "scan":
-        first = equation.params["num_consts"]
-        return _vars(equation.invars[first : first + equation.params["num_carry"]])
+        return _vars(_carried(equation))
     return _vars(equation.invars) if equation.primitive.name in _FUSED else []
+
+
+def _carried(equation: core.JaxprEqn) -> list[Any]:
+    """What a scan's steps hand on. Its operands are what stays, that, and what is gone through,
+    which its body sees without an axis; and so its results. jax's parameters that say how many of
+    each change with its versions.
+    """
+    (body,) = _bodies(equation)
+
+    def whole(outside, inside):
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    count = whole(equation.outvars, body.outvars)
+    end = whole(equation.invars, body.invars)
+    return equation.invars[end - count : end]
 
 
 def _vars(atoms: Any) -> list[core.Var]:

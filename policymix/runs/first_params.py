@@ -75,9 +75,8 @@ def place(
 def _put(array: np.ndarray, keep: Any, place: Any) -> Any:
     """A host array, which every process has whole, on its devices as it is kept."""
     small = jax.eval_shape(keep, array)
-    if isinstance(small, nf4.Nf4):
-        return jax.tree.map(sharding.put_whole, nf4.by_layers(array), place)
-    return sharding.put_whole(array.astype(small.dtype), place)
+    narrow = isinstance(small, nf4.Nf4)
+    return sharding.put_whole(nf4.by_layers(array) if narrow else array.astype(small.dtype), place)
 
 
 def _some(paths: list[str]) -> str:

@@ -3,7 +3,8 @@
 
 Each trains the same π0 a few steps in a process of its own, from a checkpoint. What a process needs
 besides, Python, JAX and compiled programs, is that of one more, which does the same with a network
-of as many layers that is much smaller; it is taken off.
+of as many layers that is much smaller; it is taken off. So the last is of a CPU, on which the
+process's memory is the device's.
 """
 
 import functools
@@ -26,21 +27,21 @@ _STEPS, _BATCH = 3, 2
 _WIDTH, _SMALL = 1024, 64
 _DEPTH = 8
 _LOW_RANK = {"lora": {"rank": 16}}
-# What both experts have, and config.train: the table of docs/training.md.
+# What both experts have, and config.train; as in the table of docs/training.md.
 _WAYS = {
     "all of it": ({}, {}),
     "8-bit AdamW": ({}, {"optimizer": "adamw_8bit"}),
     "low-rank updates": (_LOW_RANK, {"frozen_dtype": "bfloat16", "ema_decay": 0.0}),
-    "low-rank updates, the rest in 4 bits": (_LOW_RANK, {"frozen_dtype": "nf4", "ema_decay": 0.0}),
+    "the same, the rest in 4 bits": (_LOW_RANK, {"frozen_dtype": "nf4", "ema_decay": 0.0}),
 }
 
 
 def memory_row(policy: ml_collections.ConfigDict) -> list[Row]:
     """Every way of training, beside that of all parameters by AdamW."""
-    found, told = [], []
+    names, found, told = [], [], []
     with data_rows.Temporary() as folder:
         data_rows.pictured(folder / "data", data_rows.Sizes(), (96, 96), "image")
-        for way in _WAYS.values():
+        for name, way in _WAYS.items():
             config, small = (_config(policy, folder, width, *way) for width in (_WIDTH, _SMALL))
             sides = (
                 apart(f"{__name__}:prepare", side.to_dict(), str(folder / "run"))
@@ -50,15 +51,15 @@ def memory_row(policy: ml_collections.ConfigDict) -> list[Row]:
             found.append(ours._replace(peak=max(0, ours.peak - least.peak)))
             plan = train.planned(config, folder / "none", devices=_device())
             foreseen, planned = sum(plan.memory().values()), _planned_by_xla(plan)
+            count = trees.num_params(pi0.shapes(plan.model))
+            names.append(f"training {count / 1e6:.0f} M: {name}")
             told.append(f"foreseen {foreseen / 1e6:,.0f} MB, XLA's plan {planned / 1e6:,.0f}")
-    count = trees.num_params(pi0.shapes(plan.model))
     return [
         Row(
-            f"training {count / 1e6:.0f} M: {name}",
-            *(one, found[0]),
+            *(name, one, found[0]),
             f"{words}, at the peak of the process {one.peak / 1e6:,.0f}; one run",
         )
-        for name, one, words in zip(_WAYS, found, told, strict=True)
+        for name, one, words in zip(names, found, told, strict=True)
     ]
 
 
@@ -97,8 +98,11 @@ def _config(
     heads = {"depth": _DEPTH, "num_heads": 4, "num_kv_heads": 1, "head_dim": width // 4}
     for name, size in (("paligemma_variant", width), ("action_expert_variant", width // 2)):
         config.model[name] = {"width": size, "mlp_dim": 4 * size, **heads}
+    config.model.update({"image_keys": ("camera",), "image_resolution": (96, 96)})
+    config.model.update({"siglip_variant": "mu/16", "siglip_depth": 2})
     config.model.update({"action_dim": data_rows.DIM, "proprio_dim": data_rows.DIM, "remat": True})
     config.data.update({"path": str(folder / "data"), "held_out": 0.0, "tokenizer": "words"})
+    config.data.cameras = {"camera": "camera"}
     config.train.update({"batch_size": _BATCH, "eval_every": 0, "rollout_every": 0, "wandb": ""})
     config.train.init_from = str(_base(config, folder / f"base{width}"))
     for name in ("paligemma_variant", "action_expert_variant"):

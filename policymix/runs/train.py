@@ -140,6 +140,15 @@ class Plan:
     like: TrainState
     places: TrainState
 
+    def check_current(self) -> None:
+        """FileExistsError if a run that has ended since then has gone further."""
+        latest, planned = series.latest_step(self.workdir), self.resumed and int(self.resumed.name)
+        if latest != planned:
+            raise FileExistsError(
+                f"{self.workdir} was at step {planned} and is at {latest} now: another run was "
+                "still writing it; the same command again goes on from there"
+            )
+
     def memory(self) -> dict[str, int]:
         """Bytes that a step needs on each device, by part. Of examples, two are looked at."""
         seen, size = self.pipeline.encoder.seen, self.config.train.batch_size
@@ -198,10 +207,17 @@ def _check_workdir(config, workdir: pathlib.Path, record, *, overwrite: bool) ->
 
 
 def _check_space(plan: Plan, *, overwrite: bool) -> None:
-    """While a checkpoint is written the ones before it stay."""
+    """For all checkpoints that will lie there together, one of which is still being written."""
+    t, workdir = plan.config.train, plan.workdir
+    first = 0 if plan.resumed is None else int(plan.resumed.name)
+    steps = training_loop.saved_steps(t, first)
+    stays = [bool(t.keep_period) and step % t.keep_period == 0 for step in steps]
+    there = layout.steps_of(workdir) if workdir.exists() and not overwrite else []
+    passing = [step for step in there if not t.keep_period or int(step) % t.keep_period]
+    more = min(stays.count(False), t.max_to_keep + 1 - len(passing))
     size = trees.nbytes(plan.like.policy_params) + trees.nbytes(plan.like.rest())
-    there = len(layout.steps_of(plan.workdir)) if plan.workdir.exists() and not overwrite else 0
-    files.check_space(plan.workdir, size * max(1, plan.config.train.max_to_keep + 1 - there))
+    freed = files.size(workdir) if overwrite and workdir.exists() else 0
+    files.check_space(workdir, size * max(1, stays.count(True) + more) - freed)
 
 
 def _held_out(config, pipeline, mesh) -> held_out.HeldOut | None:

@@ -104,8 +104,7 @@ def _steps(run: Run, state: TrainState, first: int, stop, writer, page) -> Train
             last = end == t.num_steps or stopping
             judged = bool(run.held_out) and not stopping and _due(end, t.eval_every, last)
             played = not stopping and _due(end, t.rollout_every, last)
-            # Roll-outs take long, and a run may be killed meanwhile.
-            saved = played or _due(end, t.save_every, last)
+            saved = played or _due(end, t.save_every, last)  # see saved_steps
             if saved or judged:
                 _tell(run, writer, meter, *pending)  # a diverged state is not worth keeping
                 pending = None
@@ -129,6 +128,17 @@ def _timing(add: Callable[[float], None]) -> Iterator[None]:
     begun = time.monotonic()
     yield
     add(time.monotonic() - begun)
+
+
+def saved_steps(t: ml_collections.ConfigDict, first: int) -> list[int]:
+    """The steps after `first` that config.train saves: also those before roll-outs, which take
+    long, and a run may be killed meanwhile.
+    """
+    return [
+        step
+        for step in range(first + 1, t.num_steps + 1)
+        if any(_due(step, n, step == t.num_steps) for n in (t.save_every, t.rollout_every))
+    ]
 
 
 def _due(step: int, every: int, last: bool = False) -> bool:

@@ -104,7 +104,7 @@ def _as(leaf: Any, given: Any) -> Any:
     if given.shape != leaf.shape:  # of other arrays Orbax sees it
         raise ValueError(f"a matrix is {given.shape} there; expected {leaf.shape}")
     place = jax.tree.map(lambda x: x.sharding, leaf)
-    return jax.tree.map(sharding.put_whole, nf4.by_layers(given), place)
+    return sharding.put_whole(nf4.by_layers(given), place)
 
 
 def split(params: Params, frozen: Collection[str]) -> tuple[Params, Params]:

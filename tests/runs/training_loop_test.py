@@ -2,6 +2,7 @@
 is not finite.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -174,13 +175,50 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
     assert int(run(debug_config(num_steps=2), workdir).step) == 2
 
 
-def test_a_resumed_run_needs_room_for_one_checkpoint_more(tmp_path, monkeypatch):
-    run(debug_config(num_steps=1), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("settings", "there", "count"),
+    [
+        ({"num_steps": 9}, (), 2),  # one, and the one that is being written
+        ({"num_steps": 1}, (), 1),
+        ({"num_steps": 9, "max_to_keep": 3}, (), 4),
+        ({"num_steps": 9}, (4,), 1),
+        ({"num_steps": 9, "keep_period": 3}, (), 5),  # 3, 6 and 9 for good
+        ({"num_steps": 9, "keep_period": 3}, (3, 4), 3),
+        ({"num_steps": 9, "keep_period": 3}, (3,), 4),
+        ({"num_steps": 9, "save_every": 0, "rollout_every": 3}, (), 2),
+    ],
+)
+def test_room_is_asked_for_all_checkpoints_that_lie_together(
+    settings, there, count, tmp_path, monkeypatch
+):
+    config, asked = debug_config(save_every=1, keep_period=0), []
+    plan = train.planned(config, tmp_path / "run", devices=jax.devices()[:1])
+    config.train.update(settings)
+    for step in there:
+        (tmp_path / "run" / str(step) / "params").mkdir(parents=True)
+    latest = tmp_path / "run" / str(there[-1]) if there else None
+    plan = dataclasses.replace(plan, config=config, resumed=latest)
+    monkeypatch.setattr(files, "check_space", lambda path, needed: asked.append(needed))
+    train._check_space(plan, overwrite=False)
+    size = trees.nbytes(plan.like.policy_params) + trees.nbytes(plan.like.rest())
+    assert asked == [count * size]
+
+
+def test_the_room_asked_for_is_that_of_what_is_written(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(files, "check_space", lambda path, needed: asked.append(needed))
-    run(debug_config(num_steps=2), tmp_path / "run")
-    run(debug_config(num_steps=1), tmp_path / "new")
-    first, anew = asked
-    on_disk = sum(p.stat().st_size for p in (tmp_path / "run" / "2").rglob("*") if p.is_file())
-    assert anew == 2 * first
-    assert on_disk < 1.1 * first
+    run(debug_config(num_steps=1), tmp_path / "run")
+    on_disk = files.size(tmp_path / "run" / "1")
+    assert on_disk < 1.1 * asked[0]
+    run(debug_config(num_steps=1), tmp_path / "run", overwrite=True)
+    assert asked[1] < asked[0] - on_disk  # the old run makes room
+
+
+def test_a_run_that_went_further_meanwhile_is_not_gone_on_with(tmp_path):
+    """It ended between the look at the workdir and the taking of it."""
+    run(debug_config(num_steps=1), tmp_path / "run")
+    plan = train.planned(debug_config(), tmp_path / "run", devices=jax.devices()[:1])
+    plan.check_current()
+    plan.resumed.rename(tmp_path / "run" / "3")
+    with pytest.raises(FileExistsError, match="was at step 1 and is at 3 now: another run"):
+        plan.check_current()

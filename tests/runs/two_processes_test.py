@@ -181,6 +181,19 @@ def test_split_parameters_find_them_too(one, tmp_path):
     compare(tmp_path / "run" / str(STEPS), one / str(STEPS), near)
 
 
+def test_what_is_in_four_bits_is_written_and_read_by_both(tmp_path):
+    """Each holds half of it; they stop half way, and end as one process does."""
+    frozen = (
+        "--config.train.freeze=('PaliGemma/llm/layers/.*',)", "--config.train.frozen_dtype=nf4",
+    )  # fmt: skip
+    split = ("--config.train.fsdp_devices=2", "--config.train.shard=('.*/layers/.*=-1',)")
+    train(tmp_path / "one", *frozen, count=1)
+    for steps in (STEPS // 2, STEPS):
+        train(tmp_path / "two", *frozen, *split, f"--config.train.num_steps={steps}")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    compare(tmp_path / "two" / str(STEPS), tmp_path / "one" / str(STEPS), near)
+
+
 def until(workdir: pathlib.Path, step: int, to: pathlib.Path) -> pathlib.Path:
     """A copy of a run as it was after `step`."""
     shutil.copytree(workdir, to)
