@@ -207,17 +207,26 @@ def _check_workdir(config, workdir: pathlib.Path, record, *, overwrite: bool) ->
 
 
 def _check_space(plan: Plan, *, overwrite: bool) -> None:
-    """For all checkpoints that will lie there together, one of which is still being written."""
+    """OSError without room for the checkpoints that soon lie there together, one of which is still
+    being written; a WARNING without room for those that are kept for good besides.
+    """
     t, workdir = plan.config.train, plan.workdir
     first = 0 if plan.resumed is None else int(plan.resumed.name)
     steps = training_loop.saved_steps(t, first)
-    stays = [bool(t.keep_period) and step % t.keep_period == 0 for step in steps]
+    stay = [step for step in steps if t.keep_period and step % t.keep_period == 0]
     there = layout.steps_of(workdir) if workdir.exists() and not overwrite else []
     passing = [step for step in there if not t.keep_period or int(step) % t.keep_period]
-    more = min(stays.count(False), t.max_to_keep + 1 - len(passing))
+    room = max(0, t.max_to_keep + 1 - len(passing))
     size = trees.nbytes(plan.like.policy_params) + trees.nbytes(plan.like.rest())
     freed = files.size(workdir) if overwrite and workdir.exists() else 0
-    files.check_space(workdir, size * max(1, stays.count(True) + more) - freed)
+    files.check_space(workdir, size * max(1, min(len(steps), room)) - freed)
+    try:
+        files.check_space(workdir, size * (len(stay) + min(len(steps) - len(stay), room)) - freed)
+    except OSError as error:
+        print(
+            f"WARNING: with the {len(stay)} checkpoints that config.train.keep_period keeps for "
+            f"good, {error}"
+        )
 
 
 def _held_out(config, pipeline, mesh) -> held_out.HeldOut | None:

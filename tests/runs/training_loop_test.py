@@ -176,20 +176,20 @@ def test_two_runs_do_not_share_a_directory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "there", "count"),
+    ("settings", "there", "soon", "in_all"),
     [
-        ({"num_steps": 9}, (), 2),  # one, and the one that is being written
-        ({"num_steps": 1}, (), 1),
-        ({"num_steps": 9, "max_to_keep": 3}, (), 4),
-        ({"num_steps": 9}, (4,), 1),
-        ({"num_steps": 9, "keep_period": 3}, (), 5),  # 3, 6 and 9 for good
-        ({"num_steps": 9, "keep_period": 3}, (3, 4), 3),
-        ({"num_steps": 9, "keep_period": 3}, (3,), 4),
-        ({"num_steps": 9, "save_every": 0, "rollout_every": 3}, (), 2),
+        ({"num_steps": 9}, (), 2, 2),  # one, and the one that is being written
+        ({"num_steps": 1}, (), 1, 1),
+        ({"num_steps": 9, "max_to_keep": 3}, (), 4, 4),
+        ({"num_steps": 9}, (4,), 1, 1),
+        ({"num_steps": 9, "keep_period": 3}, (), 2, 5),  # 3, 6 and 9 for good
+        ({"num_steps": 9, "keep_period": 3}, (3, 4), 1, 3),
+        ({"num_steps": 9, "keep_period": 3}, (3,), 2, 4),
+        ({"num_steps": 9, "save_every": 0, "rollout_every": 3}, (), 2, 2),
     ],
 )
-def test_room_is_asked_for_all_checkpoints_that_lie_together(
-    settings, there, count, tmp_path, monkeypatch
+def test_room_is_asked_for_checkpoints_that_lie_together(
+    settings, there, soon, in_all, tmp_path, monkeypatch, capsys
 ):
     config, asked = debug_config(save_every=1, keep_period=0), []
     plan = train.planned(config, tmp_path / "run", devices=jax.devices()[:1])
@@ -198,10 +198,17 @@ def test_room_is_asked_for_all_checkpoints_that_lie_together(
         (tmp_path / "run" / str(step) / "params").mkdir(parents=True)
     latest = tmp_path / "run" / str(there[-1]) if there else None
     plan = dataclasses.replace(plan, config=config, resumed=latest)
-    monkeypatch.setattr(files, "check_space", lambda path, needed: asked.append(needed))
+
+    def check_space(path, needed):
+        asked.append(needed)
+        if len(asked) == 2:
+            raise OSError("no room")
+
+    monkeypatch.setattr(files, "check_space", check_space)
     train._check_space(plan, overwrite=False)
     size = trees.nbytes(plan.like.policy_params) + trees.nbytes(plan.like.rest())
-    assert asked == [count * size]
+    assert asked == [soon * size, in_all * size]
+    assert "config.train.keep_period keeps for good, no room" in capsys.readouterr().out
 
 
 def test_the_room_asked_for_is_that_of_what_is_written(tmp_path, monkeypatch):
@@ -211,7 +218,7 @@ def test_the_room_asked_for_is_that_of_what_is_written(tmp_path, monkeypatch):
     on_disk = files.size(tmp_path / "run" / "1")
     assert on_disk < 1.1 * asked[0]
     run(debug_config(num_steps=1), tmp_path / "run", overwrite=True)
-    assert asked[1] < asked[0] - on_disk  # the old run makes room
+    assert asked[2] < asked[0] - on_disk  # the old run makes room
 
 
 def test_a_run_that_went_further_meanwhile_is_not_gone_on_with(tmp_path):
