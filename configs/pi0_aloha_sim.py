@@ -18,9 +18,9 @@ insertions, which was not measured.
   python experiments/evaluate.py --config=configs/pi0_aloha_sim.py:small \
     --checkpoints=runs/small/8000,nearest:demos --output=evaluations/small
 
-Measured on an AMD EPYC, in minutes of one core: 0.7, 45 and 1.6. Of 200 starts the policy solves
-85.5 %, 95 % interval [80, 90], and the nearest of the 30 demonstrations 56.5 % [50, 63]. One
-training seed.
+On an AMD EPYC that is 0.7, 45 and 1.6 minutes of one core; the first two by rate, for other work
+went on beside them. Of 200 starts the policy solves 85.5 %, 95 % interval [80, 90], and the nearest
+of the 30 demonstrations 56.5 % [50, 63]. One training seed.
 Its model: 0.8 M parameters, the top camera at 24 × 32 pixels in twelve patches, both arms' joints,
 chunks of 50 joint targets of which 25 are played; no prompt, there being one task. The cube must be
 found to 1.5 cm, and thirty demonstrations show thirty places: brought to so few pixels, by means of
